@@ -1,0 +1,202 @@
+"""Images and their stable ids, from wherever they come.
+
+A `Source` knows its images by `sample_id` (the index in the source, never a position after a shuffle) and decodes only those it
+is asked for. `conf/dataset/*.yaml` name the functions below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffmia_exp.errors import ConfigError, flag, whole
+
+Pixels = NDArray[np.uint8]
+Ids = NDArray[np.int64]
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: the ids of its images, and a way to decode some of them.
+
+    Args:
+        sample_id: int64 [N], unique.
+        take: maps ids [n] to uint8 images [n, C, H, W].
+    """
+
+    sample_id: Ids
+    take: Callable[[Ids], Pixels]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images with their ids.
+
+    Args:
+        pixels: uint8 [n, C, H, W].
+        sample_id: int64 [n].
+    """
+
+    pixels: Pixels
+    sample_id: Ids
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def where(self, mask: NDArray[np.bool_]) -> Images:
+        """The images selected by a boolean mask [n]."""
+        return Images(self.pixels[mask], self.sample_id[mask])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of shape, ids and every pixel; 16 hex digits."""
+        h = hashlib.sha256(repr(self.pixels.shape).encode())
+        h.update(np.ascontiguousarray(self.sample_id).tobytes())
+        h.update(np.ascontiguousarray(self.pixels).tobytes())
+        return h.hexdigest()[:16]
+
+    def hashes(self) -> list[bytes]:
+        """One hash per image, equal exactly for equal pixels."""
+        return [hashlib.sha256(image.tobytes()).digest() for image in self.pixels]
+
+
+def digits(image_size: int = 8, channels: int = 1) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, grey values 0..16 spread over 0..255. Embedded: no download."""
+    from sklearn.datasets import load_digits
+
+    whole("image_size", image_size, least=8, most=8)
+    whole("channels", channels, least=1, most=1)
+    pixels = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
+    return Source(np.arange(len(pixels)), lambda ids: pixels[ids])
+
+
+def hub(path: str, image_size: int, channels: int, split: str = "train", image_column: str = "image", resize: bool = False) -> Source:
+    """A data set in the Hugging Face layout: a hub name, or a local folder of the same shape.
+
+    Args:
+        path: hub name (`uoft-cs/cifar10`) or folder.
+        image_size: height and width.
+        channels: 1 (grey) or 3 (RGB).
+        split: of the data set.
+        image_column: the column that holds the images.
+        resize: resize and centre-crop images of another size; otherwise they are an error.
+    """
+    import datasets
+
+    _check_shape(image_size, channels)
+    flag("resize", resize)
+    looks_local = str(path).startswith((".", "/", "~")) or Path(str(path)).exists()
+    folder = Path(str(path)).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ConfigError("path", path, "no such folder; give a folder in the Hugging Face layout or a hub name")
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(str(folder) if looks_local else str(path), split=split)
+    except Exception as e:  # the library raises a dozen unrelated types
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError("path", path, f"split {split!r} cannot be loaded ({reason}); give a readable local copy") from e
+    if image_column not in table.column_names:
+        raise ConfigError("image_column", image_column, f"must be a column of {path}: {', '.join(table.column_names)}")
+
+    def take(ids: Ids) -> Pixels:
+        try:
+            decoded = table[ids.tolist()][image_column]
+        except (OSError, UnidentifiedImageError, SyntaxError) as e:
+            raise ConfigError("path", path, f"holds an image that cannot be decoded ({e})") from None
+        if not all(isinstance(image, Image.Image) for image in decoded):
+            raise ConfigError("image_column", image_column, "must hold images")
+        return _stack([(f"image {i}", image) for i, image in zip(ids.tolist(), decoded, strict=True)], image_size, channels, resize)
+
+    return Source(np.arange(len(table)), take)
+
+
+def image_folder(path: str, image_size: int, channels: int = 3) -> Source:
+    """Every image file below a folder, in the order of their relative paths, resized and centre-cropped to a square.
+
+    Args:
+        path: the folder.
+        image_size: height and width after resizing.
+        channels: 1 (grey) or 3 (RGB).
+    """
+    _check_shape(image_size, channels)
+    folder = Path(str(path)).expanduser()
+    if path is None or not folder.is_dir():
+        raise ConfigError("path", path, "no such folder; give one that holds images")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not files:
+        raise ConfigError("path", path, f"holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+
+    def take(ids: Ids) -> Pixels:
+        def opened(i: int) -> tuple[str, Image.Image]:
+            try:
+                with Image.open(files[i]) as image:
+                    return str(files[i]), image.convert(MODES[channels])
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e:
+                raise ConfigError("path", files[i], f"cannot be read as an image ({e}); mend or remove the file") from None
+
+        return np.concatenate([_stack([opened(i)], image_size, channels, resize=True) for i in ids.tolist()])
+
+    return Source(np.arange(len(files)), take)
+
+
+def arrays(path: str, image_size: int, channels: int) -> Source:
+    """An npz file with uint8 `images` [N, H, W], [N, H, W, C] or [N, C, H, W], and optionally unique integer `sample_id` [N]."""
+    _check_shape(image_size, channels)
+    content = read_npz("path", path)
+    if "images" not in content:
+        raise ConfigError("path", path, f"must hold an array `images`; it holds {', '.join(content) or 'nothing'}")
+    images = content["images"]
+    if images.dtype != np.uint8:
+        raise ConfigError("path", path, f"`images` must be uint8, not {images.dtype}")
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] not in MODES and images.shape[3] in MODES:
+        images = images.transpose(0, 3, 1, 2)
+    if images.shape[1:] != (channels, image_size, image_size):
+        found = "x".join(map(str, images.shape[1:]))
+        raise ConfigError("image_size", image_size, f"must agree with {path}, which holds {found} images (channels={channels})")
+    sample_id = content.get("sample_id", np.arange(len(images)))
+    if sample_id.shape != (len(images),) or sample_id.dtype.kind not in "iu" or len(np.unique(sample_id)) != len(images):
+        raise ConfigError("path", path, "`sample_id` must be one distinct integer per image")
+    position = {int(i): n for n, i in enumerate(sample_id)}
+    return Source(sample_id.astype(np.int64), lambda ids: images[[position[int(i)] for i in ids]])
+
+
+def read_npz(key: str, path: str | None) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file, without pickles."""
+    if path is None or not Path(path).is_file():
+        raise ConfigError(key, path, "no such file; give an npz file")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return {name: f[name] for name in f.files}
+    except Exception as e:  # zip, format and pickle errors alike: the file is not what it should be
+        raise ConfigError(key, path, f"cannot be read as an npz file of plain arrays ({e})") from None
+
+
+def _check_shape(image_size: int, channels: int) -> None:
+    whole("image_size", image_size, least=1)
+    if channels not in MODES:
+        raise ConfigError("channels", channels, "must be 1 (grey) or 3 (RGB)")
+
+
+def _stack(named: list[tuple[str, Image.Image]], image_size: int, channels: int, resize: bool) -> Pixels:
+    size = (image_size, image_size)
+    out = np.empty((len(named), channels, image_size, image_size), np.uint8)
+    for n, (name, image) in enumerate(named):
+        if image.size != size and not resize:
+            found = f"{image.size[0]}x{image.size[1]}"
+            raise ConfigError("image_size", image_size, f"{name} is {found}; give its size or set dataset.resize=true")
+        image = image.convert(MODES[channels])
+        pixels = np.asarray(ImageOps.fit(image, size) if image.size != size else image)
+        out[n] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return out

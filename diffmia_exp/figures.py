@@ -1,0 +1,77 @@
+"""The pictures of one run: ROC, score histogram, generated beside training images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diffmia_exp import metrics
+from diffmia_exp.data import Pixels
+from diffmia_exp.scores import ScoreTable
+
+MEMBER, HELD_OUT, INK = "#c2410c", "#1d4ed8", "#334155"
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    return figure, axes
+
+
+def roc(path: Path, table: ScoreTable, title: str) -> None:
+    """The exact ROC curve on log-log axes, down to the smallest FPR that the non-members resolve."""
+    curve = metrics.roc(table.is_member, table.score)
+    floor = 1 / int((~table.is_member).sum())
+    area, (low, high) = metrics.auc(table.is_member, table.score)
+    figure, axes = _axes(4.8, 4.6)
+    # A step curve: between two thresholds the larger FPR buys nothing. Zero FPR stands at the left edge.
+    fpr = np.concatenate([[floor / 2], np.maximum(curve.fpr, floor / 2), [1]])
+    tpr = np.concatenate([[curve.tpr[0]], curve.tpr, [1]])
+    axes.plot(fpr, tpr, drawstyle="steps-post", color=MEMBER, lw=2, label=f"AUC {area:.3f} [{low:.3f}, {high:.3f}]")
+    chance = np.geomspace(floor / 2, 1, 50)
+    axes.plot(chance, chance, color=INK, lw=1, ls="--", label="chance")
+    axes.axvspan(floor / 2, floor, color=INK, alpha=0.08, lw=0, label=f"below 1/{round(1 / floor)}: not resolved")
+    axes.set(xscale="log", yscale="log", xlim=(floor / 2, 1), ylim=(floor / 2, 1.05))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.grid(True, which="major", alpha=0.25)
+    figure.savefig(path)
+
+
+def histogram(path: Path, table: ScoreTable, title: str) -> None:
+    """Scores of members and non-members; a long tail is drawn within the 0.5% to 99.5% range and said so."""
+    low, high = np.quantile(table.score, [0.005, 0.995])
+    bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
+    figure, axes = _axes(5.6, 3.4)
+    for mask, colour, name in ((table.is_member, MEMBER, "members"), (~table.is_member, HELD_OUT, "non-members")):
+        clipped = np.clip(table.score[mask], bins[0], bins[-1])
+        axes.hist(clipped, bins=bins, color=colour, alpha=0.5, label=f"{name} ({mask.sum()})")
+        axes.hist(clipped, bins=bins, color=colour, histtype="step", lw=1.5)
+    axes.set(xlabel="score (higher = member; outer 1% drawn at the edges)", ylabel="images")
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def samples(path: Path, generated: Pixels, members: Pixels, side: int = 8) -> None:
+    """A grid of generated images beside one of training images, uint8 [n, C, H, W] each."""
+    figure = Figure(figsize=(7.2, 3.9), dpi=120, layout="constrained")
+    for axes, pixels, name in zip(figure.subplots(1, 2), (generated, members), ("generated", "training images"), strict=True):
+        axes.imshow(_grid(pixels[: side * side], side), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(name, fontsize=10, color=INK)
+        axes.set_axis_off()
+    figure.savefig(path)
+
+
+def _grid(pixels: Pixels, side: int) -> Pixels:
+    n, c, h, w = pixels.shape
+    sheet = np.full((side, side, c, h + 1, w + 1), 255, np.uint8)
+    sheet.reshape(side * side, c, h + 1, w + 1)[:n, :, :h, :w] = pixels
+    sheet = sheet.transpose(0, 3, 1, 4, 2).reshape(side * (h + 1), side * (w + 1), c)
+    return sheet[..., 0] if c == 1 else sheet

@@ -1,0 +1,250 @@
+"""Training a diffusion model with Lightning: what a model's weights depend on, and nothing else.
+
+Batch indices, timesteps, noise and flips are pure functions of (seed, model index, step). A run that was killed goes on from its
+last checkpoint and ends with the same bits, and a run on more devices sees the same draws.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffmia_exp.data import Pixels
+from diffmia_exp.diffusion import Diffusion
+from diffmia_exp.errors import ConfigError
+from diffmia_exp.noise import derive, generator
+from diffmia_exp.recipe import OPTIMIZERS, Recipe, TrainerOptions
+
+log = logging.getLogger(__name__)
+
+
+class LitDiffusion(pl.LightningModule):
+    """A `Diffusion`, its optimiser and its weight average.
+
+    Args:
+        diffusion: trained in place.
+        pixels: uint8 [n, C, H, W], the members.
+        recipe: see `Recipe`.
+        seed, model_index: what every draw is a function of.
+    """
+
+    def __init__(self, diffusion: Diffusion, pixels: Pixels, recipe: Recipe, seed: int, model_index: int) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+        self.ema = copy.deepcopy(diffusion.net).requires_grad_(False)
+        self.recipe, self.seed, self.model_index = recipe, seed, model_index
+        self._pixels = torch.from_numpy(pixels)  # no buffer: neither checkpointed nor broadcast over ranks
+        self._orders: dict[int, Tensor] = {}
+
+    def on_fit_start(self) -> None:
+        if self.recipe.batch_size % self.trainer.world_size:
+            raise ConfigError("training.batch_size", self.recipe.batch_size, f"must divide over {self.trainer.world_size} devices")
+        self._pixels = self._pixels.to(self.device)
+
+    def train_dataloader(self) -> DataLoader[int]:
+        # The batches are drawn by `draws`; Lightning only needs something to count.
+        return DataLoader(range(self.recipe.steps), batch_size=None)  # type: ignore[arg-type]
+
+    def draws(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the whole batch of `step` consists of.
+
+        Returns:
+            indices of the members int64 [B], timesteps int64 [B], noise [B, C, H, W], flips bool [B], on the CPU.
+        """
+        n, b = len(self._pixels), self.recipe.batch_size
+        position = torch.arange(step * b, (step + 1) * b)
+        epochs = position // n
+        orders = {e: self._order(e) for e in range(int(epochs[0]), int(epochs[-1]) + 1)}
+        index = torch.cat([order[position[epochs == e] % n] for e, order in orders.items()])
+        g = torch.Generator().manual_seed(derive(self.seed, "step", self.model_index, step))
+        t = torch.randint(self.diffusion.T, (b,), generator=g)
+        noise = torch.randn((b, *self._pixels.shape[1:]), generator=g)
+        return index, t, noise, torch.rand(b, generator=g) < 0.5
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            order = generator(self.seed, "order", self.model_index, epoch).permutation(len(self._pixels))
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: torch.from_numpy(order)}
+        return self._orders[epoch]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        step, rank, world = self.global_step, self.global_rank, self.trainer.world_size
+        torch.manual_seed(derive(self.seed, "step", self.model_index, step, rank, 1))  # for dropout
+        mine = slice(rank * self.recipe.batch_size // world, (rank + 1) * self.recipe.batch_size // world)
+        index, t, noise, flips = (d[mine].to(self.device) for d in self.draws(step))
+        x0 = self._pixels[index].float() / 127.5 - 1
+        if self.recipe.flip:
+            x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
+        return self.diffusion.loss(x0, t, noise).mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        weight = 1 - self.recipe.ema_decay_at(self.global_step)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.diffusion.net.parameters()), weight)
+            for average, now in zip(self.ema.buffers(), self.diffusion.net.buffers(), strict=True):
+                average.copy_(now)
+
+    def configure_optimizers(self) -> Any:
+        r = self.recipe
+        # Lightning cannot clip before a fused step under float16 scaling.
+        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        optimizer = OPTIMIZERS[r.optimizer](self.diffusion.net.parameters(), lr=r.lr, weight_decay=r.weight_decay, fused=fused)  # type: ignore[call-arg]
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, r.warmup_steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+
+class KeepWeights(pl.Callback):
+    """Checkpoints to resume from, snapshots, and the final weights, all below one folder.
+
+    Args:
+        folder: the store's.
+        every: steps between two checkpoints.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training resumes from."""
+        return self.folder / "last.ckpt"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(module, LitDiffusion)
+        step = trainer.global_step
+        if step in module.recipe.snapshots and trainer.is_global_zero:
+            save_weights(module, self.folder, f"step{step:07d}-")
+        if step % self.every == 0 and step < module.recipe.steps:
+            unfinished = self.checkpoint.with_suffix(".tmp")
+            trainer.save_checkpoint(unfinished)
+            if trainer.is_global_zero:
+                os.replace(unfinished, self.checkpoint)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LitDiffusion)
+        if trainer.is_global_zero and trainer.global_step == module.recipe.steps:
+            save_weights(module, self.folder)
+
+
+def save_weights(module: LitDiffusion, folder: Path, prefix: str = "") -> None:
+    """Raw and averaged weights as safetensors."""
+    for name, net in (("raw", module.diffusion.net), ("ema", module.ema)):
+        path = folder / f"{prefix}{name}.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+class Progress(pl.Callback):
+    """One line: what is trained, how far it is, the smoothed loss, the time left. The loss also goes to the logger."""
+
+    def __init__(self, label: str, every: int) -> None:
+        self.label, self.every = label, every
+        self.smooth: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LitDiffusion)
+        self.epochs_per_step = module.recipe.batch_size / len(module._pixels)
+        self.bar = tqdm(
+            total=module.recipe.steps,
+            mininterval=0.1 if sys.stderr.isatty() else 5,
+            initial=trainer.global_step,
+            desc=self.label,
+            unit="step",
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        loss = outputs["loss"].detach()
+        self.smooth = loss if self.smooth is None else torch.lerp(self.smooth, loss, 0.05)
+        self.bar.update()
+        if trainer.global_step % self.every == 0:
+            epoch = trainer.global_step * self.epochs_per_step
+            self.bar.set_postfix_str(f"epoch {epoch:.0f}, loss {float(self.smooth):.4f}", refresh=False)
+            if trainer.logger is not None:
+                trainer.logger.log_metrics({"train/loss": float(self.smooth), "train/epoch": epoch}, step=trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def train(
+    folder: Path,
+    diffusion: Diffusion,
+    pixels: Pixels,
+    recipe: Recipe,
+    options: TrainerOptions,
+    seed: int,
+    model_index: int = 0,
+    label: str = "training",
+    logger: Logger | None = None,
+) -> None:
+    """Train into `folder`, from its `last.ckpt` if there is one.
+
+    Leaves `raw.safetensors`, `ema.safetensors`, both once more for each snapshot as `step<step>-...`, and `training.json`.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    keep = KeepWeights(folder, options.checkpoint_every)
+    resume = keep.checkpoint if keep.checkpoint.exists() else None
+    if resume is not None:
+        log.info("%s: going on from the checkpoint of a run that was cut off", label)
+    trainer = pl.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_steps=recipe.steps,
+        max_epochs=-1,
+        gradient_clip_val=recipe.grad_clip or None,
+        logger=logger if logger is not None else False,
+        callbacks=[keep, Progress(label, options.log_every)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=options.log_every,
+        default_root_dir=folder,
+    )
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=resume)
+    keep.checkpoint.unlink(missing_ok=True)
+    facts = {
+        "steps": recipe.steps,
+        "epochs": recipe.steps * recipe.batch_size / len(pixels),
+        "n_members": len(pixels),
+        "seconds": round(time.monotonic() - started, 3),
+        "resumed": resume is not None,
+        "parameters": sum(p.numel() for p in diffusion.net.parameters()),
+        "recipe": asdict(recipe),
+    }
+    (folder / "training.json").write_text(json.dumps(facts, indent=1))
+    log.info("%s: %d steps, %.0f epochs of %d images, %.0f s", label, recipe.steps, facts["epochs"], len(pixels), facts["seconds"])
+
+
+def initialised(make: Any, seed: int, model_index: int) -> nn.Module:
+    """The net that `make()` builds, its initial weights a function of (seed, model index), the global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init", model_index))
+        net: nn.Module = make()
+    return net

@@ -1,0 +1,111 @@
+"""What a list of scores proves: exact ROC, AUC, TPR at low FPR, each with its interval, all in float64.
+
+Nothing is binned, no threshold is interpolated: every distinct score is a threshold, and the TPR at a target FPR is read at the
+largest FPR that does not exceed it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import roc_curve
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Roc:
+    """The exact ROC curve: `fpr`, `tpr` and `threshold` [k], from (0, 0) to (1, 1); a score >= threshold is called a member."""
+
+    fpr: Floats
+    tpr: Floats
+    threshold: Floats
+
+
+def roc(is_member: NDArray[np.bool_], score: Floats) -> Roc:
+    """Every distinct score is a threshold."""
+    fpr, tpr, threshold = roc_curve(is_member, score, drop_intermediate=False)
+    return Roc(fpr, tpr, threshold)
+
+
+def auc(is_member: NDArray[np.bool_], score: Floats, level: float = 0.95) -> tuple[float, Interval]:
+    """Area under the ROC curve = P(member > non-member) + P(equal) / 2, with its interval.
+
+    The variance is DeLong's (DeLong, DeLong, Clarke-Pearson 1988) in the rank form of Sun & Xu (2014), the interval normal on the
+    logit scale, so that it stays within [0, 1]. Where the classes are perfectly separated that variance is 0; the interval is then
+    Clopper-Pearson's for min(m, n) disjoint pairs, which are independent trials with success probability AUC.
+    """
+    positive, negative = score[is_member], score[~is_member]
+    m, n = len(positive), len(negative)
+    ranks = stats.rankdata(np.concatenate([positive, negative]))
+    v10 = (ranks[:m] - stats.rankdata(positive)) / n  # per member: share of non-members below it
+    v01 = 1 - (ranks[m:] - stats.rankdata(negative)) / m  # per non-member: share of members above it
+    area = float(v10.mean())
+    variance = float((v10.var(ddof=1) / m if m > 1 else 0) + (v01.var(ddof=1) / n if n > 1 else 0))
+    if variance <= 0 or not 0 < area < 1:
+        low, high = clopper_pearson(round(area * min(m, n)), min(m, n), level)
+        return area, (min(low, area), max(high, area))
+    centre = np.log(area / (1 - area))
+    half = stats.norm.ppf(0.5 + level / 2) * np.sqrt(variance) / (area * (1 - area))
+    return area, (float(1 / (1 + np.exp(half - centre))), float(1 / (1 + np.exp(-half - centre))))
+
+
+def tpr_at_fpr(is_member: NDArray[np.bool_], score: Floats, target: float) -> dict[str, Any]:
+    """TPR at the largest FPR that does not exceed `target`, with its Clopper-Pearson interval.
+
+    Returns:
+        `tpr`, `ci`, `fpr` (the FPR there) and `threshold`; tpr and ci are None, and `resolvable` false, where the target is below
+        1 / number of non-members, so that no number of false positives but 0 could meet it.
+    """
+    curve = roc(is_member, score)
+    at = int(np.flatnonzero(curve.fpr <= target)[-1])
+    m, n = int(is_member.sum()), int((~is_member).sum())
+    if target * n < 1 - 1e-9:
+        return {"tpr": None, "ci": None, "fpr": None, "threshold": None, "resolvable": False}
+    tpr = float(curve.tpr[at])
+    threshold = float(curve.threshold[at])
+    return {
+        "tpr": tpr,
+        "ci": list(clopper_pearson(round(tpr * m), m)),
+        "fpr": float(curve.fpr[at]),
+        "threshold": threshold if np.isfinite(threshold) else None,
+        "resolvable": True,
+    }
+
+
+def balanced_accuracy(is_member: NDArray[np.bool_], score: Floats) -> float:
+    """Mean of TPR and TNR at the pooled median of the scores, a threshold that needs no labels (score > median = member)."""
+    called = score > np.median(score)
+    return float((called[is_member].mean() + (~called[~is_member]).mean()) / 2)
+
+
+def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> Interval:
+    """Exact binomial interval (Clopper & Pearson 1934)."""
+    ci = stats.binomtest(successes, trials).proportion_ci(level, method="exact")
+    return float(ci.low), float(ci.high)
+
+
+def evaluate(is_member: NDArray[np.bool_], score: Floats, fprs: tuple[float, ...]) -> dict[str, Any]:
+    """All metrics of one score table, as plain values.
+
+    Raises:
+        ValueError: if a score is not finite or a class is missing.
+    """
+    if not np.isfinite(score).all():
+        raise ValueError(f"{int((~np.isfinite(score)).sum())} of {len(score)} scores are not finite")
+    if is_member.all() or not is_member.any():
+        raise ValueError("scores of members and non-members are both needed")
+    area, interval = auc(is_member, score)
+    return {
+        "auc": area,
+        "auc_ci": list(interval),
+        "tpr_at_fpr": {f"{fpr:g}": tpr_at_fpr(is_member, score, fpr) for fpr in fprs},
+        "balanced_accuracy": balanced_accuracy(is_member, score),
+        "n_members": int(is_member.sum()),
+        "n_nonmembers": int((~is_member).sum()),
+    }

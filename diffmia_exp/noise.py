@@ -1,0 +1,69 @@
+"""Every random draw of the project, as a pure function of names and numbers.
+
+`derive` turns (seed, purpose, indices) into a sub-seed. `gaussian` draws noise that belongs to a sample id: a
+counter-based generator (Philox4x32-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is evaluated
+for all images at once, so that a score depends neither on batch size and order nor on which other images are audited, and
+is the same on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Never renumber: the numbers are part of every stored result.
+PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7}
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def derive(seed: int, purpose: str, *index: int) -> int:
+    """A 63-bit sub-seed for `purpose`, independent of every other one (numpy's SeedSequence)."""
+    words = np.random.SeedSequence([seed, PURPOSES[purpose], *index]).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
+    """A numpy generator for `purpose`."""
+    return np.random.default_rng(np.random.SeedSequence([seed, PURPOSES[purpose], *index]))
+
+
+def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit words (in int64 tensors) for each counter of four 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The signed 64-bit product wraps, but its bits are those of the unsigned one.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
+    """Standard normal noise that is a pure function of (seed, sample id, draw).
+
+    Args:
+        seed: a 63-bit seed, as `derive` gives it.
+        sample_id: int64 [B].
+        shape: shape of one image, (C, H, W).
+        draw: which of the image's noises, 0 to 2**32 - 1.
+
+    Returns:
+        float64 [B, *shape].
+    """
+    n = math.prod(shape)
+    ids = sample_id.to(torch.int64)[:, None]
+    block = torch.arange((n + 3) // 4, device=ids.device)[None, :].expand(len(ids), -1)
+    counter = ((ids & _MASK).expand_as(block), (ids >> 32 & _MASK).expand_as(block), torch.full_like(block, draw), block)
+    u = [(word.to(torch.float64) + 0.5) / 2**32 for word in philox((seed & _MASK, seed >> 32 & _MASK), counter)]
+    normals = []
+    for radius, angle in ((u[0], u[1]), (u[2], u[3])):  # Box-Muller
+        r = torch.sqrt(-2.0 * torch.log(radius))
+        normals += [r * torch.cos(2.0 * math.pi * angle), r * torch.sin(2.0 * math.pi * angle)]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :n].reshape(len(ids), *shape)

@@ -1,0 +1,183 @@
+"""Run folders: what a person finds under outputs/runs/, and the checks of names and places."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from diffmia_exp import __version__
+from diffmia_exp.config import Plain
+from diffmia_exp.errors import ConfigError
+from diffmia_exp.scores import ScoreTable
+from diffmia_exp.store import digest, sha256
+
+if TYPE_CHECKING:
+    from diffmia_exp.pipeline import Experiment
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "pytorch-lightning", "diffusers", "numpy", "scikit-learn")
+
+
+class Result(dict[str, Any]):
+    """What `metrics.json` holds, where it lies, and whether it was found there rather than made."""
+
+    cached: bool = False
+    folder: Path | None = None
+    tracked: str | None = None
+
+
+def checked_name(name: Any) -> str:
+    """A name that is safe as a folder name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,150}", name):
+        raise ConfigError("name", name, "must be letters, digits and any of . _ = + - (at most 150)")
+    return name
+
+
+def writable(key: str, path: Any) -> Path:
+    """An output folder, made if need be, that can be written to."""
+    folder = Path(str(path)).expanduser()
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(key, path, f"cannot be written to ({e.strerror}); give another folder") from None
+    return folder
+
+
+def existing_file(key: str, path: Any) -> Path:
+    """A file that is there."""
+    file = Path(str(path)).expanduser()
+    if not file.is_file():
+        raise ConfigError(key, path, "no such file")
+    return file
+
+
+def folder(output_dir: Path, name: str, run_key: str) -> Path:
+    """Where a run is kept: its name, and enough of its key that runs of different settings never meet."""
+    return output_dir / "runs" / f"{name}-{run_key[:8]}"
+
+
+def finished(folder: Path, run_key: str) -> Result | None:
+    """The result of a run that was finished and is unaltered, else None."""
+    try:
+        result = Result(json.loads((folder / "metrics.json").read_text()))
+        if result["status"] == "done" and result["run_key"] == run_key and sha256(folder / "scores.parquet") == result["scores_sha256"]:
+            result.cached = True
+            return result
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[io.StringIO]:
+    """Collect everything logged meanwhile, for run.log."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield text
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, text: io.StringIO) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` once it is whole; `text` is its run.log."""
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        (unfinished / "run.log").write_text(text.getvalue())
+        replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Put a folder in the place of another."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def not_applicable(output_dir: Path, name: str, config: Plain, reason: str, text: io.StringIO) -> Result:
+    """Record a cell that its threat model rules out."""
+    where = folder(output_dir, name, digest({k: config[k] for k in ("threat_model", "attack", "seed", "name")}))
+    result = Result(identity(config) | {"name": where.name, "status": "not applicable", "reason": reason})
+    log.info("not applicable: %s", reason)
+    with writing(where, text) as unfinished:
+        (unfinished / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (unfinished / "metrics.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def identity(config: Plain) -> Plain:
+    """What a run is called by."""
+    return {"attack": config["attack"]["name"], "threat_model": config["threat_model"]["name"]} | {
+        "dataset": config["dataset"]["name"],
+        "seed": config["seed"],
+    }
+
+
+def write(folder: Path, name: str, experiment: Experiment) -> Result:
+    """Write everything that a run folder holds; metrics.json comes last."""
+    from diffmia_exp import figures, metrics  # seconds to import, and a cached run needs neither
+
+    entry = experiment.score()
+    table = ScoreTable.load(entry / "scores.parquet")
+    cost = json.loads((entry / "cost.json").read_text())
+    training = cost.pop("training")
+    config = experiment.config
+    title = f"{config['attack']['name']}, {config['threat_model']['name']}, {config['dataset']['name']}, seed {experiment.seed}"
+    shutil.copyfile(entry / "scores.parquet", folder / "scores.parquet")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    figures.roc(folder / "roc.png", table, title)
+    figures.histogram(folder / "scores.png", table, title)
+    figures.samples(folder / "samples.png", experiment.preview(), experiment.images.pixels[experiment.keep])
+    result = Result(
+        {"status": "done", "name": name}
+        | identity(config)
+        | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
+        | cost
+        | {
+            "weights": experiment.weights,
+            "snapshot": experiment.snapshot,
+            "train_key": experiment.train_key,
+            "run_key": experiment.run_key(),
+            "epochs": _epochs(training, experiment),
+            "train_seconds": training.get("seconds"),
+            "parameters": training.get("parameters"),
+            "duplicates_across_split": experiment.duplicates,
+            "scores_sha256": sha256(folder / "scores.parquet"),
+            "versions": {"diffmia_exp": __version__} | {library: version(library) for library in LIBRARIES},
+        }
+    )
+    (folder / "metrics.json").write_text(json.dumps(result, indent=1, allow_nan=False))
+    log.info("AUC %.4f, 95%% interval [%.4f, %.4f]", result["auc"], *result["auc_ci"])
+    return result
+
+
+def _epochs(training: Plain, experiment: Experiment) -> float | None:
+    if not training:
+        return None
+    share = 1.0 if experiment.snapshot is None else experiment.snapshot / training["steps"]
+    return float(training["epochs"] * share)

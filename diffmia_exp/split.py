@@ -1,0 +1,171 @@
+"""Who is a member of which model: `keep [n_models, n]`, one row per model, any of which can play the target."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffmia_exp.data import Ids, Images, read_npz
+from diffmia_exp.errors import ConfigError, choice, whole
+from diffmia_exp.noise import generator
+
+Mask = NDArray[np.bool_]
+SHADOW_POOLS = ("same", "disjoint")
+
+
+@dataclass(frozen=True)
+class MemberSplit:
+    """Members and non-members of every model.
+
+    Args:
+        sample_id: int64 [n], every image that any model's pool holds.
+        pool: bool [n_models, n], the images a model's members are drawn from; a target is audited on its pool.
+        keep: bool [n_models, n], the images a model is trained on; within its pool.
+        target_index: the row that plays the target; the others are its shadows.
+    """
+
+    sample_id: Ids
+    pool: Mask
+    keep: Mask
+    target_index: int = 0
+
+    @property
+    def n_models(self) -> int:
+        """Number of rows."""
+        return len(self.keep)
+
+    def crossing(self, images: Images) -> Mask:
+        """Non-members of the target whose pixels equal a member's: bool [n]. An attack cannot be right about these."""
+        keep, pool = self.keep[self.target_index], self.pool[self.target_index]
+        hashes = images.hashes()
+        members = {h for h, kept in zip(hashes, keep, strict=True) if kept}
+        return np.array([h in members for h in hashes], dtype=bool) & pool & ~keep
+
+
+def bernoulli(
+    sample_id: Ids,
+    seed: int,
+    pool: int | None = None,
+    n_models: int = 1,
+    target_index: int = 0,
+    shadow_pool: str = "same",
+) -> MemberSplit:
+    """Every image of the pool is a member of a model independently with probability 1/2.
+
+    Args:
+        sample_id: int64 [N], the data set's ids.
+        seed: of the draw.
+        pool: images drawn from the data set, at random; None for all of them (half of them where shadows have a disjoint pool).
+        n_models: target and shadows together.
+        target_index: which row plays the target.
+        shadow_pool: `same` (online: shadows share the audited images) or `disjoint` (auxiliary data of the same size).
+    """
+    whole("n_models", n_models, least=1)
+    whole("target_index", target_index, least=0, most=n_models - 1)
+    ids, pools = _pools(sample_id, seed, "pool", pool, n_models, target_index, shadow_pool)
+    coins = np.stack([generator(seed, "split", row).random(len(ids)) < 0.5 for row in range(n_models)])
+    return _checked(MemberSplit(ids, pools, coins & pools, target_index), "pool", pool)
+
+
+def exact(
+    sample_id: Ids,
+    seed: int,
+    n_members: int,
+    n_nonmembers: int,
+    n_models: int = 1,
+    target_index: int = 0,
+    shadow_pool: str = "same",
+) -> MemberSplit:
+    """Exactly n_members members and n_nonmembers non-members per model. Other arguments as in `bernoulli`."""
+    whole("n_members", n_members, least=1)
+    whole("n_nonmembers", n_nonmembers, least=1)
+    whole("n_models", n_models, least=1)
+    whole("target_index", target_index, least=0, most=n_models - 1)
+    ids, pools = _pools(sample_id, seed, "n_members + split.n_nonmembers", n_members + n_nonmembers, n_models, target_index, shadow_pool)
+    keep = np.zeros_like(pools)
+    for row in range(n_models):
+        keep[row, generator(seed, "split", row).permutation(np.flatnonzero(pools[row]))[:n_members]] = True
+    return MemberSplit(ids, pools, keep, target_index)
+
+
+def from_file(
+    sample_id: Ids,
+    seed: int,
+    path: str,
+    n_models: int = 1,
+    target_index: int = 0,
+    shadow_pool: str = "same",
+) -> MemberSplit:
+    """The target's members and held-out images from an index file; further rows for shadows are drawn as in `bernoulli`.
+
+    Args:
+        path: npz or json with `members` and `nonmembers` (or `mia_train_idxs` and `mia_eval_idxs`, as published with SecMI): ids.
+    """
+    whole("n_models", n_models, least=1)
+    whole("target_index", target_index, least=0, most=n_models - 1)
+    choice("shadow_pool", shadow_pool, SHADOW_POOLS)
+    members, held_out = _read_indices(path)
+    audited = np.concatenate([members, held_out])
+    if len(np.unique(audited)) != len(audited):
+        raise ConfigError("path", path, "lists an image twice, or as both member and non-member")
+    if len(unknown := np.setdiff1d(audited, sample_id)):
+        raise ConfigError("path", path, f"lists {len(unknown)} ids that the data set does not have, {unknown[0]} first")
+    audited = np.sort(audited)
+    if shadow_pool == "disjoint" and n_models > 1:
+        rest = np.setdiff1d(sample_id, audited)
+        if len(rest) < len(audited):
+            raise ConfigError("shadow_pool", shadow_pool, f"needs {len(audited)} images beside those in {path}; there are {len(rest)}")
+        spare = np.sort(generator(seed, "pool").permutation(rest)[: len(audited)])
+    else:
+        spare = audited
+    ids = np.union1d(audited, spare)
+    pools = np.stack([np.isin(ids, audited if row == target_index else spare) for row in range(n_models)])
+    keep = np.stack([generator(seed, "split", row).random(len(ids)) < 0.5 for row in range(n_models)]) & pools
+    keep[target_index] = np.isin(ids, members)
+    return _checked(MemberSplit(ids, pools, keep, target_index), "path", path)
+
+
+def _pools(sample_id: Ids, seed: int, key: str, size: int | None, n_models: int, target_index: int, shadow_pool: str) -> tuple[Ids, Mask]:
+    """Ids in play [n] and each model's pool [n_models, n]."""
+    choice("shadow_pool", shadow_pool, SHADOW_POOLS)
+    parts = 2 if shadow_pool == "disjoint" and n_models > 1 else 1
+    size = len(sample_id) // parts if size is None else whole(key, size, least=2)
+    if parts * size > len(sample_id):
+        beside = " and as many for the shadows' disjoint pool" if parts == 2 else ""
+        raise ConfigError(key, size, f"asks for {size} images{beside}; the data set has {len(sample_id)}")
+    order = generator(seed, "pool").permutation(np.sort(sample_id))
+    ids = np.sort(order[: parts * size])
+    of_target = np.isin(ids, order[:size])
+    own = [of_target if row == target_index or parts == 1 else ~of_target for row in range(n_models)]
+    return ids, np.stack(own)
+
+
+def _checked(split: MemberSplit, key: str, given: object) -> MemberSplit:
+    for row in range(split.n_models):
+        members, rest = int(split.keep[row].sum()), int((split.pool[row] & ~split.keep[row]).sum())
+        if min(members, rest) == 0:
+            raise ConfigError(key, given, f"leaves model {row} {members} members and {rest} non-members; take more images")
+    return split
+
+
+def _read_indices(path: str | None) -> tuple[Ids, Ids]:
+    if path is not None and Path(path).is_file() and Path(path).suffix == ".json":
+        try:
+            content = json.loads(Path(path).read_text())
+            arrays = {name: np.asarray(value) for name, value in content.items()}
+        except (ValueError, AttributeError) as e:
+            raise ConfigError("path", path, f"cannot be read as a json object of index lists ({e})") from None
+    else:
+        arrays = read_npz("path", path)
+    for names in (("members", "nonmembers"), ("mia_train_idxs", "mia_eval_idxs")):
+        if all(name in arrays for name in names):
+            found = [arrays[name] for name in names]
+            if any(a.ndim != 1 or len(a) == 0 or a.dtype.kind not in "iu" for a in found):
+                raise ConfigError("path", path, f"{names[0]} and {names[1]} must be non-empty lists of whole numbers")
+            return found[0].astype(np.int64), found[1].astype(np.int64)
+    expected = "`members` and `nonmembers` (or `mia_train_idxs` and `mia_eval_idxs`)"
+    raise ConfigError("path", path, f"must hold {expected}; it holds {', '.join(arrays) or 'nothing'}")

@@ -1,0 +1,156 @@
+"""What the adversary may ask of the target: four access classes, each granting what the one below it grants and more.
+
+An attack is handed one of these and nothing else of the target. Every call counts the model evaluations it costs; past the
+budget a call is refused. Results carry no autograd graph: gradients are to be had from `WhiteBox.diffusion` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffmia_exp.diffusion import Diffusion, Schedule, Timestep
+from diffmia_exp.errors import ConfigError, UserError, choice, number, whole
+from diffmia_exp.noise import derive, gaussian
+
+
+class QueryBudgetExceeded(UserError):
+    """The attack asked for more model evaluations than the threat model grants."""
+
+
+class SamplesOnly:
+    """The adversary sees generated images, and how many model evaluations they cost.
+
+    Args:
+        diffusion: the target.
+        budget: model evaluations granted in all (one evaluation = the net run on one image once); None for no limit.
+    """
+
+    def __init__(self, diffusion: Diffusion, budget: int | None = None) -> None:
+        self._target = diffusion
+        self.budget = budget if budget is None else whole("budget", budget, least=0)
+        self.evaluations = 0
+
+    def _pay(self, evaluations: int) -> Diffusion:
+        """The target, for a call that costs so many evaluations."""
+        if self.budget is not None and self.evaluations + evaluations > self.budget:
+            raise QueryBudgetExceeded(
+                f"threat_model.query_budget: the attack asked for {self.evaluations + evaluations} model evaluations in all, "
+                f"{self.budget} are granted; raise the budget or lower the attack's cost"
+            )
+        self.evaluations += evaluations
+        return self._target
+
+    def sample(self, n: int, steps: int = 50, seed: int = 0) -> Tensor:
+        """n generated images, float32 [n, C, H, W] in [-1, 1]. Costs n x steps evaluations."""
+        return self._pay(n * steps).sample(n, steps, seed)
+
+
+class VariationAPI(SamplesOnly):
+    """The adversary may also send an image and receive a variation of it (image-to-image)."""
+
+    @torch.inference_mode()
+    def vary(self, x: Tensor, sample_id: Tensor, strength: float = 0.2, steps: int = 2, seed: int = 0, draw: int = 0) -> Tensor:
+        """Noise x to t = strength * T and denoise it again in `steps` deterministic DDIM steps.
+
+        Args:
+            x: images [B, C, H, W] in [-1, 1].
+            sample_id: int64 [B]; the service's noise is a pure function of (seed, sample id, draw).
+            strength: how far towards noise, in (0, 1].
+            steps: DDIM steps back, 1 to t.
+            seed, draw: which of the image's variations.
+
+        Returns:
+            [B, C, H, W] in [-1, 1]. Costs B x steps evaluations.
+        """
+        schedule = self._target.schedule
+        t = round(number("strength", strength, above=0, most=1) * schedule.T) - 1
+        whole("steps", steps, least=1, most=t + 1)
+        target = self._pay(len(x) * steps)
+        x = schedule.q_sample(x, t, gaussian(derive(seed, "sample"), sample_id, tuple(x.shape[1:]), draw).to(x))
+        times = torch.linspace(t, -1, steps + 1, dtype=torch.float64).round().long().tolist()
+        for now, then in pairwise(times):
+            x = target.ddim_step(x, now, then)
+        return x.clamp(-1, 1)
+
+
+class GrayBox(VariationAPI):
+    """The adversary may also query the noise prediction at any (x_t, t) and knows the schedule."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule: `alphas_cumprod` and the maths that needs no network."""
+        return self._target.schedule
+
+    @torch.inference_mode()
+    def eps(self, x_t: Tensor, t: Timestep) -> Tensor:
+        """The noise prediction eps_t(x_t), [B, C, H, W], in the precision of x_t. Costs B evaluations."""
+        return self._pay(len(x_t)).eps(x_t, t)
+
+    @torch.inference_mode()
+    def x0_hat(self, x_t: Tensor, t: Timestep) -> Tensor:
+        """The denoised prediction of x_0 at (x_t, t). Costs B evaluations."""
+        return self._pay(len(x_t)).x0_hat(x_t, t)
+
+
+class WhiteBox(GrayBox):
+    """The adversary holds the model: weights, activations and gradients."""
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The target itself. Evaluations made through it are declared with `count`."""
+        return self._target
+
+    def count(self, evaluations: int) -> None:
+        """Declare model evaluations (a backward pass counts as one more) made on `diffusion` directly."""
+        self._pay(evaluations)
+
+
+LEVELS: dict[str, type[SamplesOnly]] = {
+    "samples_only": SamplesOnly,
+    "variation_api": VariationAPI,
+    "gray_box": GrayBox,
+    "white_box": WhiteBox,
+}
+
+
+def level_of(access: type[SamplesOnly]) -> str:
+    """The name of an access class in configs."""
+    return next(name for name, cls in LEVELS.items() if cls is access)
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """An access level and what the adversary knows beside it.
+
+    Args:
+        access: one of `samples_only`, `variation_api`, `gray_box`, `white_box`.
+        query_budget: model evaluations per audited image; None for no limit.
+    """
+
+    access: str
+    query_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        choice("access", self.access, LEVELS)
+        if self.query_budget is not None:
+            whole("query_budget", self.query_budget, least=1)
+
+    def grants(self, needed: type[SamplesOnly]) -> bool:
+        """Whether an attack that needs this access may run."""
+        return issubclass(LEVELS[self.access], needed)
+
+    def grant(self, diffusion: Diffusion, needed: type[SamplesOnly], images: int) -> SamplesOnly:
+        """The least access the attack needs to the target, with the budget for so many images."""
+        if not self.grants(needed):
+            raise ConfigError("access", self.access, f"must be {enough(needed)} for this attack")
+        budget = None if self.query_budget is None else self.query_budget * images
+        return needed(diffusion, budget)
+
+
+def enough(needed: type[SamplesOnly]) -> str:
+    """The levels that satisfy an attack, for messages."""
+    return " or ".join(name for name, cls in LEVELS.items() if issubclass(cls, needed))
