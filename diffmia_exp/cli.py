@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffmia_exp.config import GROUPS, SETTINGS, checked
 from diffmia_exp.errors import UserError, near
 
 log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _finished: list[Any] = []
-_failed: list[tuple[str, str]] = []
+_failed: list[str] = []
 
 
 def cell(cfg: DictConfig) -> float | None:
@@ -29,120 +32,154 @@ def cell(cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
-    in_sweep = hydra.mode == RunMode.MULTIRUN
-    overrides = " ".join(hydra.overrides.task) or "defaults"
-    status = Path(hydra.sweep.dir, hydra.sweep.subdir, "status.json") if in_sweep else None
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # an override may hold an interpolation
+    overrides = " ".join(given) or "defaults"
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     try:
+        config = checked(cfg)  # before the seconds that torch takes to import
         from diffmia_exp.pipeline import run
 
-        result = run(cfg, Path(hydra.sweep.dir).name if in_sweep else None)
+        result = run(config, sweep.name if sweep else None)
+        if sweep:
+            done = {"status": result["status"], "cached": result.cached, "overrides": overrides, "run": result["name"]}
+            (sweep / hydra.sweep.subdir / "status.json").write_text(json.dumps(done, indent=1))
+            log.info("%s: %s%s", overrides, result["status"], " (found, not computed again)" if result.cached else "")
     except Exception as e:
-        e = _out_of_space(e, cfg)
-        _failed.append((overrides, one_line(e)))
-        if status is not None:
-            log.error("%s: %s", overrides, one_line(e), exc_info=None if isinstance(e, UserError) else e)
-            status.write_text(json.dumps({"status": "failed", "overrides": overrides, "error": one_line(e)}, indent=1))
+        e = _out_of_space(e, f"output_dir={cfg.output_dir}")
+        if sweep:
+            _failed.append(f"{overrides}: {one_line(e)}")
+            log.error("failed: %s", _failed[-1], exc_info=None if isinstance(e, UserError) else e)
+            with contextlib.suppress(OSError):  # the disk may be full
+                failed = {"status": "failed", "overrides": overrides, "error": one_line(e)}
+                (sweep / hydra.sweep.subdir / "status.json").write_text(json.dumps(failed, indent=1))
+        elif isinstance(e, UserError):
+            _failed.append(one_line(e))
+            sys.exit(1)  # unlike an exception, this is not commented on by Hydra
         raise e
     _finished.append(result)
-    if status is not None:
-        done = {"status": result["status"], "cached": result.cached, "overrides": overrides, "run": result["name"]}
-        status.write_text(json.dumps(done, indent=1))
-        log.info("%s: %s%s", overrides, result["status"], " (found, not computed again)" if result.cached else "")
     auc = result.get("auc")
     return float(auc) if auc is not None else None
 
 
-def _out_of_space(e: Exception, cfg: DictConfig) -> Exception:
+def _out_of_space(e: Exception, where: str) -> Exception:
     """A full disk is no bug: say what to do. Libraries wrap the error, or keep only its text."""
     chain: BaseException | None = e
     while chain is not None:
         text = str(chain)
         if (isinstance(chain, OSError) and chain.errno in DISK_FULL) or "No space left" in text or "File too large" in text:
-            return UserError(f"output_dir={cfg.output_dir}: the disk is full; free some space and run the same command again, it resumes")
+            return UserError(f"{where}: the disk is full; free some space and run the same command again, it resumes")
         chain = chain.__cause__ or chain.__context__
     return e
 
 
 def guard(main: Callable[[], Any]) -> None:
     """Run the command line: a user's mistake gives one line and exit status 1, a bug its traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions through, unformatted
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, unformatted
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        sys.argv[1:] = _arranged(sys.argv[1:])
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as e:
-        _print_results()
-        _print_failures(one_line(e))
-        sys.exit(1)
-    except OSError as e:
-        if _finished or _failed:
-            _print_results()
-            raise
-        print(f"error: output_dir: {e.filename} cannot be written to ({e.strerror}); give another folder", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except BaseException:
-        _print_results()
-        raise
+    except SystemExit:
+        if not _failed:
+            raise
+    except Exception as e:
+        if not _failed:  # not from a cell of this process
+            e = _out_of_space(e, "output_dir")
+            if isinstance(e, OSError) and not isinstance(e, HydraException) and not _finished:
+                e = UserError(f"output_dir: {e.filename} cannot be written to ({e.strerror}); give another folder")
+            if not isinstance(e, UserError | HydraException | OmegaConfBaseException | ValueError):
+                _print_results()
+                raise
+            _failed.append(one_line(e))
     _print_results()
+    for line in _failed:
+        print(f"error: {line}", file=sys.stderr)
+    if _failed:
+        sys.exit(1)
 
 
-def _print_failures(last: str) -> None:
-    if len(_failed) > 1:
-        for overrides, line in _failed:
-            print(f"failed: {overrides}: {line}", file=sys.stderr)
-    else:
-        print(f"error: {last}", file=sys.stderr)
+def _arranged(arguments: list[str]) -> list[str]:
+    """Overrides first: argparse takes them from one place only. Raises UserError for an option that does not exist."""
+    from hydra._internal.utils import get_args_parser
+
+    overrides = [a for a in arguments if a[:1] not in ("", "-") and ("=" in a or a[0] == "~")]
+    arranged = overrides + [a for a in arguments if a not in overrides]
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        unknown = parser.parse_known_args(arranged)[1]
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e}; see python run.py --hydra-help") from None
+    if unknown:
+        hint = near(unknown[0], ("--help", "--hydra-help", "--multirun", "--cfg", "--info", "--resolve"))
+        raise UserError(f"{unknown[0]}: no such option{hint}; settings are given as key=value, without dashes")
+    return arranged
 
 
 def one_line(e: BaseException) -> str:
     """An error as one line, Hydra's with the nearest names added."""
-    text = str(e) or type(e).__name__
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    text = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, UserError):
-        return " ".join(text.split())
-    if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([\w/]+)/([^'/]+)'", text):
-        group, given = match.groups()
-        options = list(_options(group))
-        hint = near(given, options)
-        return f"{group}={given}: no such {group}; there are {', '.join(options)}{hint}" if options else f"{group}={given}: no such option"
-    if match := re.search(
-        r"(?:Could not override|Key|Error merging override) '?([\w.@/]+?)(?:=[^']*)?'?(?: is not in struct|[.\n]|$)", text
-    ):
-        key = match.group(1)
-        return f"{key}: no such key{near(key, _keys())}; see python run.py --cfg job"
-    return " ".join(text.split())
+        return text
+    if isinstance(e, MissingConfigException):
+        return _no_such_choice(e.missing_cfg_file or "", e.options or [])
+    if isinstance(e, OverrideParseException):
+        reason = e.message.removeprefix(f"Error parsing override '{e.override}'").strip().splitlines()[0]
+        return f"{e.override}: cannot be parsed ({reason}); write key=value, and quote special characters: 'key=\"value\"'"
+    if match := re.match(r"Could not (?:override|delete from config\.|delete) '([^']+)'", text):
+        return _no_such_key(match.group(1))
+    if match := re.match(r"Ambiguous value for argument '(.+?)' 1\.", text):
+        return f"{match.group(1)}: several values; add -m to run one after the other, or write a list as key=[1,2]"
+    if match := re.match(r"Multiple values for (\w+)", text):
+        return f"{match.group(1)}: chosen twice; leave out the +"
+    if text.startswith("Config group override must be"):
+        return f"{text}; choose a group's file by its name, as attack=pia"
+    cause = str(e.__cause__ or "").splitlines()
+    return f"{text}: {cause[0]}" if cause else text
 
 
-def _conf() -> Path:
-    return Path(sys.argv[0]).resolve().parent / "conf"
+def _no_such_choice(path: str, options: Sequence[str]) -> str:
+    group, _, given = path.rpartition("/")
+    if not group:
+        return f"{given}: no such config; leave out --config-name"
+    if given == "submitit_slurm":
+        return "cluster=slurm: needs the SLURM launcher; install it with pip install -e '.[slurm]'"
+    return f"{group}={given}: no such {group}; there are {', '.join(options)}{near(given, options)}"
 
 
-def _options(group: str) -> Iterator[str]:
-    return (f.stem for f in sorted((_conf() / group).glob("*.yaml")))
+def _no_such_key(key: str) -> str:
+    owners = _keys()
+    if key in owners:
+        return f"{key}: no such key with the {key.split('.')[0]} chosen; {' and '.join(owners[key])} have it"
+    elsewhere = [known for known in owners if known.endswith(f".{key}")]  # the group was forgotten
+    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else near(key, [k for k in owners if k.count(".") == key.count(".")])
+    return f"{key}: no such key{hint}; python run.py --cfg {'hydra' if key.startswith('hydra') else 'job'} shows them all"
 
 
-def _keys() -> list[str]:
-    """Every key of the shipped configs, as it is overridden."""
-    keys: set[str] = set()
+def _keys() -> dict[str, list[str]]:
+    """Every key of the shipped configs, as it is overridden, and the choices (`attack=pia`) that have it."""
+    owners: dict[str, list[str]] = {group: ["config"] for group in GROUPS}
 
-    def walk(prefix: str, node: Any) -> None:
+    def walk(prefix: str, node: dict[str, Any], owner: str) -> None:
         for name, child in node.items():
-            keys.add(f"{prefix}{name}")
+            owners.setdefault(f"{prefix}{name}", []).append(owner)
             if isinstance(child, dict):
-                walk(f"{prefix}{name}.", child)
+                walk(f"{prefix}{name}.", child, owner)
 
-    for f in _conf().rglob("*.yaml"):
-        group = f.relative_to(_conf()).parent
-        if group.parts[:1] in ((), ("hydra",), ("experiment",), ("cluster",), ("debug",), ("local",)) and f.name != "config.yaml":
-            continue
-        content = OmegaConf.to_container(OmegaConf.load(f))
-        if isinstance(content, dict):
-            keys.update(group.parts)
-            walk("".join(f"{part}." for part in group.parts), {k: v for k, v in content.items() if k not in ("defaults", "hydra")})
-    return sorted(keys)
+    conf = Path(sys.argv[0]).resolve().parent / "conf"
+    walk("", dict.fromkeys(SETTINGS), "config")
+    for group in GROUPS:
+        for file in sorted((conf / group).glob("*.yaml")):
+            content: Any = OmegaConf.to_container(OmegaConf.load(file))
+            walk(f"{group}.", {k: v for k, v in content.items() if k not in ("defaults", "hydra", group)}, f"{group}={file.stem}")
+    return owners
 
 
 def _print_results() -> None:

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import pydoc
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffmia_exp.errors import ConfigError, near
+from diffmia_exp.errors import ConfigError, UserError, choice, near, whole
 
 ALLOWED = ("diffmia_exp.", "diffusers.", "torch.nn.", "torch.optim.", "pytorch_lightning.", "opacus.", "sklearn.")
 """Where a `_target_` may point: a config is data, and may come from someone else."""
+
+GROUPS = (
+    "dataset",
+    "split",
+    "model",
+    "diffusion",
+    "training",
+    "trainer",
+    "threat_model",
+    "attack",
+    "evaluation",
+    "tracking",
+    "cluster",
+)
+"""The groups whose choices a config holds."""
+
+SETTINGS = ("seed", "stage", "weights", "snapshot", "checkpoint", "on_incompatible", "name", "output_dir")
+"""What a config holds beside them."""
+
+STAGES = ("all", "train", "attack", "report")
 
 Plain = dict[str, Any]
 
@@ -29,56 +50,101 @@ def plain(cfg: Mapping[str, Any]) -> Plain:
         key = e.full_key or str(e).split(": ")[-1]
         raise ConfigError(key, "???", f"must be given on the command line, as {key}=...") from None
     except InterpolationResolutionError as e:
-        raise ConfigError(e.full_key or "config", "${..}", str(e).splitlines()[0]) from None
+        raise ConfigError(e.full_key or "config", "${..}", f"refers to what is not there ({_first_line(e)}); give a value") from None
 
 
-def build(group: str, cfg: Plain, **extra: Any) -> Any:
+def checked(cfg: Mapping[str, Any]) -> Plain:
+    """A config as plain values, every mistake found that can be found before anything heavy is imported.
+
+    Raises:
+        ConfigError: see `plain`; or for a key that is unknown or missing, a setting out of range, a `_target_` not allowed.
+    """
+    config = plain(cfg)
+    known = (*GROUPS, *SETTINGS)
+    for key in config:
+        if key not in known:
+            raise ConfigError(key, config[key], f"no such key{near(key, known)}; leave it out")
+    for key in known:
+        if key not in config:
+            raise ConfigError(key, None, "is missing; do not delete it")
+    whole("seed", config["seed"], least=0)
+    choice("stage", config["stage"], STAGES)
+    choice("weights", config["weights"], ("ema", "raw"))
+    if config["on_incompatible"] is not None:
+        choice("on_incompatible", config["on_incompatible"], ("error", "skip"))
+    for group in GROUPS:
+        if not isinstance(config[group], dict):
+            raise ConfigError(group, config[group], f"must be one of the files in conf/{group}")
+        list(_targets(group, config[group]))
+    return config
+
+
+def build(group: str, cfg: Plain, kind: type = object, **extra: Any) -> Any:
     """The object that a group's config describes: `_target_` called with the other keys (but `name`) and `extra`.
 
-    A mistake that the constructor finds is reported under `group`.
+    A mistake that the constructor finds is reported under `group`, and so is an object that is no `kind`.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    _check_targets(group, cfg)
-    arguments = {k: v for k, v in cfg.items() if k != "name"}
-    _check_arguments(group, arguments, extra)
+    if "_target_" not in cfg:
+        raise ConfigError(f"{group}._target_", None, f"must be given, as in conf/{group}")
+    target, arguments = cfg["_target_"], {k: v for k, v in cfg.items() if k != "name"}
+    located = {key: _located(key, name) for key, name in _targets(group, cfg)}
+    _check_arguments(group, located[f"{group}._target_"], arguments, extra)
     try:
-        return instantiate(arguments, **extra, _convert_="all")
-    except InstantiationException as e:
-        cause = e.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause.under(group) from None
-        if isinstance(cause, TypeError | ValueError):
-            raise ConfigError(group, cfg["_target_"], f"refuses these settings ({str(cause).splitlines()[0]})") from e
-        raise cause or e from None
+        made = instantiate(arguments, **extra, _convert_="all")
     except ConfigError as e:
         raise e.under(group) from None
+    except InstantiationException as e:
+        cause = e.__cause__ or e
+        if isinstance(cause, ConfigError):
+            raise cause.under(group) from None
+        ours = str(target).startswith("diffmia_exp.") and not isinstance(cause, TypeError | ValueError | InstantiationException)
+        if ours or isinstance(cause, UserError | OSError):
+            raise cause from None
+        raise ConfigError(group, target, f"refuses these settings ({_first_line(cause)}); see conf/{group}") from e
+    if not isinstance(made, kind):
+        raise ConfigError(f"{group}._target_", target, f"must make an object of class {kind.__module__}.{kind.__qualname__}")
+    return made
 
 
-def _check_targets(key: str, node: Any) -> None:
+def _targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """Every `_target_` below a node, with its key; refused unless its name is allowed."""
     if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(ALLOWED):
-            raise ConfigError(f"{key}._target_", target, f"must begin with one of {' '.join(ALLOWED)}")
+        if "_target_" in node:
+            if not str(node["_target_"]).startswith(ALLOWED):
+                raise ConfigError(f"{key}._target_", node["_target_"], f"must begin with one of {' '.join(ALLOWED)}")
+            yield f"{key}._target_", node["_target_"]
         for name, child in node.items():
-            _check_targets(f"{key}.{name}", child)
+            yield from _targets(f"{key}.{name}", child)
     elif isinstance(node, list):
         for n, child in enumerate(node):
-            _check_targets(f"{key}[{n}]", child)
+            yield from _targets(f"{key}[{n}]", child)
 
 
-def _check_arguments(group: str, arguments: Plain, extra: Plain) -> None:
-    from hydra.utils import get_object
-
+def _located(key: str, target: str) -> Any:
+    """What a `_target_` names; refused unless it is also defined where targets may be, for a module's imports can be named through it."""
     try:
-        target = get_object(arguments["_target_"])
-        parameters = inspect.signature(target).parameters
-    except (ImportError, ValueError) as e:
-        raise ConfigError(f"{group}._target_", arguments["_target_"], f"cannot be loaded ({str(e).splitlines()[0]})") from None
+        found = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as e:
+        raise ConfigError(key, target, f"cannot be imported ({_first_line(e)})") from None
+    if not callable(found):
+        raise ConfigError(key, target, "no such class or function")
+    if not f"{found.__module__}.".startswith(ALLOWED):
+        raise ConfigError(key, target, f"must be defined in one of {' '.join(ALLOWED)}, not in {found.__module__}")
+    return found
+
+
+def _check_arguments(group: str, target: Any, arguments: Plain, extra: Plain) -> None:
+    parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in arguments:
         if not name.startswith("_") and (name not in parameters or name in extra):
             options = [p for p in parameters if p not in extra]
             raise ConfigError(f"{group}.{name}", arguments[name], f"no such setting; there are {', '.join(options)}{near(name, options)}")
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0]

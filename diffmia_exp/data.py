@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from diffmia_exp.errors import ConfigError, flag, whole
 
@@ -72,10 +72,10 @@ class Images:
 
 def digits(image_size: int = 8, channels: int = 1) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, grey values 0..16 spread over 0..255. Embedded: no download."""
-    from sklearn.datasets import load_digits
-
     whole("image_size", image_size, least=8, most=8)
     whole("channels", channels, least=1, most=1)
+    from sklearn.datasets import load_digits  # a second to import
+
     pixels = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
     return Source(np.arange(len(pixels)), lambda ids: pixels[ids])
 
@@ -91,14 +91,14 @@ def hub(path: str, image_size: int, channels: int, split: str = "train", image_c
         image_column: the column that holds the images.
         resize: resize and centre-crop images of another size; otherwise they are an error.
     """
-    import datasets
-
     _check_shape(image_size, channels)
     flag("resize", resize)
     looks_local = str(path).startswith((".", "/", "~")) or Path(str(path)).exists()
     folder = Path(str(path)).expanduser()
     if looks_local and not folder.is_dir():
         raise ConfigError("path", path, "no such folder; give a folder in the Hugging Face layout or a hub name")
+    import datasets  # a second to import
+
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(str(folder) if looks_local else str(path), split=split)
@@ -108,11 +108,17 @@ def hub(path: str, image_size: int, channels: int, split: str = "train", image_c
     if image_column not in table.column_names:
         raise ConfigError("image_column", image_column, f"must be a column of {path}: {', '.join(table.column_names)}")
 
+    def one(i: int) -> Any:
+        try:
+            return table[i][image_column]
+        except Exception as e:
+            raise ConfigError("path", path, f"image {i} cannot be decoded ({e}); mend or remove it") from None
+
     def take(ids: Ids) -> Pixels:
         try:
             decoded = table[ids.tolist()][image_column]
-        except (OSError, UnidentifiedImageError, SyntaxError) as e:
-            raise ConfigError("path", path, f"holds an image that cannot be decoded ({e})") from None
+        except Exception:  # decoders raise all kinds of errors at damaged files
+            decoded = [one(i) for i in ids.tolist()]
         if not all(isinstance(image, Image.Image) for image in decoded):
             raise ConfigError("image_column", image_column, "must hold images")
         return _stack([(f"image {i}", image) for i, image in zip(ids.tolist(), decoded, strict=True)], image_size, channels, resize)
@@ -141,8 +147,9 @@ def image_folder(path: str, image_size: int, channels: int = 3) -> Source:
             try:
                 with Image.open(files[i]) as image:
                     return str(files[i]), image.convert(MODES[channels])
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e:
-                raise ConfigError("path", files[i], f"cannot be read as an image ({e}); mend or remove the file") from None
+            except Exception as e:  # decoders raise all kinds of errors at damaged files
+                reason = str(e).replace(f" {str(files[i])!r}", "")
+                raise ConfigError("path", files[i], f"cannot be read as an image ({reason}); mend or remove the file") from None
 
         return np.concatenate([_stack([opened(i)], image_size, channels, resize=True) for i in ids.tolist()])
 
@@ -174,10 +181,11 @@ def arrays(path: str, image_size: int, channels: int) -> Source:
 
 def read_npz(key: str, path: str | None) -> dict[str, NDArray[Any]]:
     """The arrays of an npz file, without pickles."""
-    if path is None or not Path(path).is_file():
+    file = Path(str(path)).expanduser()
+    if path is None or not file.is_file():
         raise ConfigError(key, path, "no such file; give an npz file")
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with np.load(file, allow_pickle=False) as f:
             return {name: f[name] for name in f.files}
     except Exception as e:  # zip, format and pickle errors alike: the file is not what it should be
         raise ConfigError(key, path, f"cannot be read as an npz file of plain arrays ({e})") from None

@@ -170,7 +170,7 @@ class Diffusion(nn.Module):
         target = {"epsilon": noise, "v": a * noise - s * x0, "sample": x0}[self.prediction]
         return (self(x_t, t) - target).square().flatten(1).mean(1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(self, n: int, steps: int = 50, seed: int = 0, batch_size: int = 256) -> Tensor:
         """Draw images with `steps` deterministic DDIM steps, x0_hat clipped to [-1, 1].
 
@@ -188,6 +188,7 @@ class Diffusion(nn.Module):
             for t, t_next in pairwise(times):
                 a, s = self.schedule.coefficients(t, x)
                 x0 = self.x0_hat(x, t).clamp(-1, 1)
-                x = self.schedule.ddim(x, t, t_next, (x - a * x0) / s)
+                a_next, s_next = self.schedule.coefficients(t_next, x)
+                x = a_next * x0 + s_next * (x - a * x0) / s  # not by `ddim`, which would divide the rounding of x0 by a
             drawn.append(x)
         return torch.cat(drawn)

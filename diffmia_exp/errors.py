@@ -71,6 +71,8 @@ def near(word: object, options: Iterable[str]) -> str:
 
 
 def _span(least: float | None, most: float | None) -> str:
+    if least is not None and least == most:
+        return f", here {least}"
     if least is not None and most is not None:
         return f" from {least} to {most}"
     if least is not None:

@@ -53,8 +53,6 @@ class LitDiffusion(pl.LightningModule):
         self._orders: dict[int, Tensor] = {}
 
     def on_fit_start(self) -> None:
-        if self.recipe.batch_size % self.trainer.world_size:
-            raise ConfigError("training.batch_size", self.recipe.batch_size, f"must divide over {self.trainer.world_size} devices")
         self._pixels = self._pixels.to(self.device)
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -93,10 +91,13 @@ class LitDiffusion(pl.LightningModule):
             x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
         return self.diffusion.loss(x0, t, noise).mean()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        weight = 1 - self.recipe.ema_decay_at(self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        step = self.global_step + 1
+        super().optimizer_step(*args, **kwargs)
+        # Here, not at the end of the batch: there the callbacks come first, and would keep an average that lacks this step.
+        nets = list(self.ema.parameters()), list(self.diffusion.net.parameters())
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.diffusion.net.parameters()), weight)
+            torch._foreach_lerp_(*nets, 1 - self.recipe.ema_decay_at(step))
             for average, now in zip(self.ema.buffers(), self.diffusion.net.buffers(), strict=True):
                 average.copy_(now)
 
@@ -224,6 +225,8 @@ def train(
         log_every_n_steps=options.log_every,
         default_root_dir=folder,
     )
+    if recipe.batch_size % trainer.world_size:
+        raise ConfigError("training.batch_size", recipe.batch_size, f"must divide over {trainer.world_size} devices")
     started = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -6,6 +6,7 @@ largest FPR that does not exceed it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ def auc(is_member: NDArray[np.bool_], score: Floats, level: float = 0.95) -> tup
 
     The variance is DeLong's (DeLong, DeLong, Clarke-Pearson 1988) in the rank form of Sun & Xu (2014), the interval normal on the
     logit scale, so that it stays within [0, 1]. Where the classes are perfectly separated that variance is 0; the interval is then
-    Clopper-Pearson's for min(m, n) disjoint pairs, which are independent trials with success probability AUC.
+    Clopper-Pearson's for min(m, n) disjoint pairs, which are independent trials with success probability AUC. A class with one
+    score shows no variance of its own; the largest possible, AUC (1 - AUC), stands in for it.
     """
     positive, negative = score[is_member], score[~is_member]
     m, n = len(positive), len(negative)
@@ -46,9 +48,10 @@ def auc(is_member: NDArray[np.bool_], score: Floats, level: float = 0.95) -> tup
     v10 = (ranks[:m] - stats.rankdata(positive)) / n  # per member: share of non-members below it
     v01 = 1 - (ranks[m:] - stats.rankdata(negative)) / m  # per non-member: share of members above it
     area = float(v10.mean())
-    variance = float((v10.var(ddof=1) / m if m > 1 else 0) + (v01.var(ddof=1) / n if n > 1 else 0))
+    variance = float(sum((v.var(ddof=1) if len(v) > 1 else area * (1 - area)) / len(v) for v in (v10, v01)))
     if variance <= 0 or not 0 < area < 1:
-        low, high = clopper_pearson(round(area * min(m, n)), min(m, n), level)
+        pairs = min(m, n)
+        low, high = clopper_pearson(math.floor(area * pairs), pairs, level)[0], clopper_pearson(math.ceil(area * pairs), pairs, level)[1]
         return area, (min(low, area), max(high, area))
     centre = np.log(area / (1 - area))
     half = stats.norm.ppf(0.5 + level / 2) * np.sqrt(variance) / (area * (1 - area))

@@ -15,22 +15,26 @@ import torch
 from torch import Tensor
 
 # Never renumber: the numbers are part of every stored result.
-PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7}
+PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7, "vary": 8}
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+def _sequence(seed: int, purpose: str, index: tuple[int, ...]) -> np.random.SeedSequence:
+    # As a spawn key: plain entropy is padded with zeros, so that (seed, purpose) and (seed, purpose, 0) would be one.
+    return np.random.SeedSequence(seed, spawn_key=(PURPOSES[purpose], *index))
+
+
 def derive(seed: int, purpose: str, *index: int) -> int:
     """A 63-bit sub-seed for `purpose`, independent of every other one (numpy's SeedSequence)."""
-    words = np.random.SeedSequence([seed, PURPOSES[purpose], *index]).generate_state(1, np.uint64)
-    return int(words[0]) >> 1
+    return int(_sequence(seed, purpose, index).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
     """A numpy generator for `purpose`."""
-    return np.random.default_rng(np.random.SeedSequence([seed, PURPOSES[purpose], *index]))
+    return np.random.default_rng(_sequence(seed, purpose, index))
 
 
 def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

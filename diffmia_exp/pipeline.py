@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffmia_exp import runs
 from diffmia_exp.attacks.base import Attack
-from diffmia_exp.config import Plain, build, plain
+from diffmia_exp.config import Plain, build, checked
 from diffmia_exp.data import Images, Pixels, Source
 from diffmia_exp.diffusion import PREDICTIONS, Diffusion
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
@@ -30,7 +30,6 @@ from diffmia_exp.tracking import Wandb
 
 log = logging.getLogger(__name__)
 
-STAGES = ("all", "train", "attack", "report")
 PREVIEW = {"n": 64, "steps": 50, "seed": 0}
 
 
@@ -76,36 +75,46 @@ class Experiment:
     """One cell of a grid: everything that its config says, checked before anything is trained.
 
     Args:
-        config: resolved, plain values.
+        config: as `config.checked` gives it.
         sweep: name of the sweep it belongs to, if any.
     """
 
     def __init__(self, config: Plain, sweep: str | None = None) -> None:
         self.config = config
-        self.seed = whole("seed", config["seed"], least=0)
-        self.stage = choice("stage", config["stage"], STAGES)
-        self.weights = choice("weights", config["weights"], ("ema", "raw"))
+        self.seed: int = config["seed"]
+        self.stage: str = config["stage"]
+        self.weights: str = config["weights"]
         self.name = runs.checked_name(config["name"])
         self.output_dir = runs.writable("output_dir", config["output_dir"])
         self.models, self.scores, self.samples = (Store(self.output_dir, kind) for kind in ("models", "scores", "samples"))
         self.tracking: Wandb = build("tracking", config["tracking"] | ({"group": sweep} if not config["tracking"].get("group") else {}))
         self.evaluation: Evaluation = build("evaluation", config["evaluation"])
         self.threat_model: ThreatModel = build("threat_model", config["threat_model"])
-        self.attack: Attack = build("attack", config["attack"])
+        self.attack: Attack = build("attack", config["attack"], Attack)
         self.prediction = config["diffusion"].get("prediction", "epsilon")
         choice("diffusion.prediction", self.prediction, PREDICTIONS)
         self.alphas_cumprod = build("diffusion.schedule", config["diffusion"]["schedule"])
         self.recipe = build("training", config["training"])
         self.trainer = build("trainer", config["trainer"])
-        self._check_snapshot()
+        self._check_weights()
+        self._check_devices()
         self._check_query_budget()
 
-    def _check_snapshot(self) -> None:
+    def _check_weights(self) -> None:
         self.snapshot: int | None = self.config["snapshot"]
-        if self.snapshot is not None and self.config["checkpoint"] is not None:
-            raise ConfigError("snapshot", self.snapshot, "must be null where a checkpoint is attacked")
+        if self.config["checkpoint"] is not None:
+            runs.existing_file("checkpoint", self.config["checkpoint"])
+            if self.snapshot is not None:
+                raise ConfigError("snapshot", self.snapshot, "must be null where a checkpoint is attacked")
+            if self.stage == "train":
+                raise ConfigError("stage", self.stage, "must be all or attack where a checkpoint is attacked")
         if self.snapshot is not None and self.snapshot not in self.recipe.snapshots:
             raise ConfigError("snapshot", self.snapshot, f"must be one of training.snapshots={self.recipe.snapshots}")
+
+    def _check_devices(self) -> None:
+        if self.trainer.devices != "auto" and self.recipe.batch_size % (world := self.trainer.devices * self.trainer.num_nodes):
+            must = f"must be a multiple of {world}, the number of devices (trainer.devices times trainer.num_nodes)"
+            raise ConfigError("training.batch_size", self.recipe.batch_size, must)
 
     def _check_query_budget(self) -> None:
         try:
@@ -177,7 +186,7 @@ class Experiment:
 
     def attacked(self) -> Plain:
         """Which weights are attacked."""
-        described = {"model": self.train_key, "weights": self.weights, "snapshot": self.snapshot}
+        described: Plain = {"model": self.train_key, "weights": self.weights, "snapshot": self.snapshot}
         if self.config["checkpoint"] is not None:  # a file says nothing about its schedule and architecture
             described |= {k: _nameless(self.config[k]) for k in ("model", "diffusion")} | {"model": self.train_key}
             described |= {"architecture": _nameless(self.config["model"])}
@@ -221,8 +230,6 @@ class Experiment:
 
     def train(self, index: int) -> Path:
         """The store entry of model `index`, trained if need be."""
-        from diffmia_exp import lit
-
         spec = self.model_spec(index)
         if (found := self.models.get(spec)) is not None:
             log.info("model %d: found in %s", index, found)
@@ -232,6 +239,8 @@ class Experiment:
         label = f"training model {index} ({index + 1} of {self.split.n_models})"
 
         def make(folder: Path) -> None:
+            from diffmia_exp import lit  # seconds to import
+
             name = f"train-{self.config['dataset']['name']}-s{self.seed}-m{index}"
             pixels = self.images.pixels[self.split.keep[index]]
             with self.tracking.training(self.output_dir, key, name, spec, folder, ("spec.yaml", "training.json")) as logger:
@@ -253,10 +262,14 @@ class Experiment:
             facts = json.loads((entry / "training.json").read_text())
         net = self.net(self.target_index)
         try:
-            net.load_state_dict(load_file(path))
-        except Exception as e:  # not safetensors, or of another architecture
-            reason = " ".join(str(e).split())[:160]
-            raise ConfigError("checkpoint", path, f"does not fit model={self.config['model'].get('name', '?')} ({reason})") from None
+            weights = load_file(path)
+        except Exception as e:
+            raise ConfigError("checkpoint", path, f"cannot be read as a safetensors file ({e}); give one") from None
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as e:
+            name, reason = self.config["model"].get("name", "?"), " ".join(str(e).split())[:160]
+            raise ConfigError("checkpoint", path, f"does not fit model={name} ({reason}..); choose the model it was trained as") from None
         dtype = getattr(torch, self.evaluation.precision)
         net = net.eval() if dtype == torch.float32 else net.eval().to(dtype)
         return self.diffusion(net).to(self.evaluation.torch_device), facts
@@ -331,8 +344,8 @@ def batches(n: int, size: int, label: str) -> Iterator[slice]:
 
 def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
     """Do what a config says, or find it done. Returns what `metrics.json` holds."""
-    config = plain(cfg)
-    skip = choice("on_incompatible", config["on_incompatible"] or ("skip" if sweep else "error"), ("skip", "error")) == "skip"
+    config = checked(cfg)
+    skip = (config["on_incompatible"] or ("skip" if sweep else "error")) == "skip"
     experiment = Experiment(config, sweep)
     with runs.logged() as text:
         try:

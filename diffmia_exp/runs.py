@@ -48,7 +48,9 @@ def checked_name(name: Any) -> str:
 
 def writable(key: str, path: Any) -> Path:
     """An output folder, made if need be, that can be written to."""
-    folder = Path(str(path)).expanduser()
+    if not isinstance(path, str) or not path:
+        raise ConfigError(key, path, "must be a folder")
+    folder = Path(path).expanduser()
     probe = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def existing_file(key: str, path: Any) -> Path:
     """A file that is there."""
     file = Path(str(path)).expanduser()
     if not file.is_file():
-        raise ConfigError(key, path, "no such file")
+        raise ConfigError(key, path, "no such file; give the path of one that exists")
     return file
 
 

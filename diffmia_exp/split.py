@@ -111,14 +111,15 @@ def from_file(
     members, held_out = _read_indices(path)
     audited = np.concatenate([members, held_out])
     if len(np.unique(audited)) != len(audited):
-        raise ConfigError("path", path, "lists an image twice, or as both member and non-member")
+        raise ConfigError("path", path, "lists an image twice, or as both member and non-member; list it once")
     if len(unknown := np.setdiff1d(audited, sample_id)):
-        raise ConfigError("path", path, f"lists {len(unknown)} ids that the data set does not have, {unknown[0]} first")
+        raise ConfigError("path", path, f"lists {len(unknown)} ids that the data set does not have, {unknown[0]} first; leave them out")
     audited = np.sort(audited)
     if shadow_pool == "disjoint" and n_models > 1:
         rest = np.setdiff1d(sample_id, audited)
         if len(rest) < len(audited):
-            raise ConfigError("shadow_pool", shadow_pool, f"needs {len(audited)} images beside those in {path}; there are {len(rest)}")
+            must = f"needs {len(audited)} images beside those in {path} (or use shadow_pool=same); there are {len(rest)}"
+            raise ConfigError("shadow_pool", shadow_pool, must)
         spare = np.sort(generator(seed, "pool").permutation(rest)[: len(audited)])
     else:
         spare = audited
@@ -136,7 +137,9 @@ def _pools(sample_id: Ids, seed: int, key: str, size: int | None, n_models: int,
     size = len(sample_id) // parts if size is None else whole(key, size, least=2)
     if parts * size > len(sample_id):
         beside = " and as many for the shadows' disjoint pool" if parts == 2 else ""
-        raise ConfigError(key, size, f"asks for {size} images{beside}; the data set has {len(sample_id)}")
+        raise ConfigError(
+            key, size, f"asks for {size} images{beside}; the data set has {len(sample_id)}, so take at most {len(sample_id) // parts}"
+        )
     order = generator(seed, "pool").permutation(np.sort(sample_id))
     ids = np.sort(order[: parts * size])
     of_target = np.isin(ids, order[:size])
@@ -153,9 +156,10 @@ def _checked(split: MemberSplit, key: str, given: object) -> MemberSplit:
 
 
 def _read_indices(path: str | None) -> tuple[Ids, Ids]:
-    if path is not None and Path(path).is_file() and Path(path).suffix == ".json":
+    file = Path(str(path)).expanduser()
+    if file.is_file() and file.suffix == ".json":
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(file.read_text())
             arrays = {name: np.asarray(value) for name, value in content.items()}
         except (ValueError, AttributeError) as e:
             raise ConfigError("path", path, f"cannot be read as a json object of index lists ({e})") from None

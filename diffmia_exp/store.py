@@ -121,9 +121,9 @@ class Store:
                 if held:
                     if (found := self.get(spec)) is not None:
                         return found
-                    partial.mkdir(exist_ok=True)
-                    write_atomic(partial / "spec.yaml", yaml.safe_dump(spec, sort_keys=False))
-                    make(partial)
+                    with _resumable(partial):
+                        write_atomic(partial / "spec.yaml", yaml.safe_dump(spec, sort_keys=False))
+                        make(partial)
                     held()
                     self._publish(partial, path)
                     return path
@@ -136,6 +136,25 @@ class Store:
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         write_atomic(partial / "DONE", json.dumps({"sha256": {str(p.relative_to(partial)): sha256(p) for p in files}}, indent=1))
         os.rename(partial, path)
+
+
+@contextlib.contextmanager
+def _resumable(partial: Path) -> Iterator[None]:
+    """A folder to make an entry in. If that fails it stays, but only with files to resume from."""
+
+    def drop_unfinished() -> None:
+        for file in partial.rglob("*.tmp"):
+            file.unlink()
+
+    partial.mkdir(exist_ok=True)
+    drop_unfinished()  # of a predecessor that was killed
+    try:
+        yield
+    except BaseException:
+        drop_unfinished()
+        if {p.name for p in partial.iterdir()} <= {"spec.yaml"}:
+            shutil.rmtree(partial)
+        raise
 
 
 @contextlib.contextmanager
@@ -179,7 +198,11 @@ def _take(claim: Path, token: str) -> bool:
     mine = claim.with_name(f"{claim.name}.{token[:8]}.tmp")
     mine.mkdir()
     owner = {"token": token, "machine": _machine(), "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
-    (mine / "owner.json").write_text(json.dumps(owner | {"slurm_job_id": os.environ.get("SLURM_JOB_ID"), "since": time.ctime()}))
+    try:
+        (mine / "owner.json").write_text(json.dumps(owner | {"slurm_job_id": os.environ.get("SLURM_JOB_ID"), "since": time.ctime()}))
+    except OSError:
+        shutil.rmtree(mine, ignore_errors=True)
+        raise
     try:
         os.rename(mine, claim)
     except OSError:

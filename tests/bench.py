@@ -1,0 +1,160 @@
+"""make bench: ratios of speed and memory, both sides of each measured in this one run (about 12 minutes on two cores)."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffmia_exp import lit
+from diffmia_exp.config import build
+from diffmia_exp.data import digits
+from diffmia_exp.diffusion import Diffusion, linear
+from diffmia_exp.recipe import Recipe, TrainerOptions
+from tests.composing import CONF, composed, names
+
+STEPS, BATCH, ROUNDS = 25, 256, 7
+GRID = ["-m", "attack=loss,trajectory,secmi,pia,pian,sima", "threat_model=gray_box", "seed=0,1"]
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model: torch.nn.Module = build("model", composed("model=tiny")["model"])
+    return model
+
+
+def line(what: str, ratio: float, bound: float, detail: str) -> bool:
+    print(f"{what:44s} {ratio:7.3f}   <= {bound:.2f}  {'ok' if ratio <= bound else 'ABOVE':6s} {detail}", flush=True)
+    return ratio <= bound
+
+
+class Clock(lit.Progress):
+    """Adds up when each batch ended."""
+
+    times: list[float]
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        self.times.append(time.perf_counter())
+
+
+def shipped_loop(pixels: np.ndarray, recipe: Recipe) -> list[float]:
+    Clock.times = []
+    progress, lit.Progress = lit.Progress, Clock  # type: ignore[misc]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            lit.train(Path(folder), Diffusion(net(), linear(1000)), pixels, recipe, TrainerOptions(checkpoint_every=100), seed=0)
+    finally:
+        lit.Progress = progress  # type: ignore[misc]
+    return np.diff(Clock.times).tolist()
+
+
+def bare_loop(pixels: np.ndarray, recipe: Recipe) -> list[float]:
+    """The same arithmetic in plain PyTorch: draws, loss, clipping, optimiser, weight average."""
+    diffusion = Diffusion(net().train(), linear(1000))
+    module = lit.LitDiffusion(diffusion, pixels, recipe, seed=0, model_index=0)
+    parameters, average = list(diffusion.net.parameters()), list(module.ema.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0, fused=True)
+    images, times = torch.from_numpy(pixels), []
+    for step in range(recipe.steps):
+        index, t, noise, _ = module.draws(step)
+        loss = diffusion.loss(images[index].float() / 127.5 - 1, t, noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - recipe.ema_decay_at(step + 1))
+        times.append(time.perf_counter())
+    return np.diff(times).tolist()
+
+
+def training() -> bool:
+    pixels, recipe = digits().take(np.arange(128)), Recipe(steps=STEPS, batch_size=128, lr=2e-3)
+    shipped, bare = [], []
+    for _ in range(ROUNDS):
+        shipped += shipped_loop(pixels, recipe)
+        bare += bare_loop(pixels, recipe)
+    a, b = statistics.median(shipped), statistics.median(bare)
+    return line("training loop / bare loop", a / b, 1.05, f"{a * 1e3:.1f} ms, {b * 1e3:.1f} ms a step")
+
+
+def timed(f: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    f()
+    return time.perf_counter() - started
+
+
+def attacks() -> bool:
+    diffusion = Diffusion(net().eval(), linear(1000))
+    x = torch.from_numpy(digits().take(np.arange(BATCH))).double() / 127.5 - 1
+    ids, t, single, ok = torch.arange(BATCH), torch.full((BATCH,), 100), x.float(), True
+
+    def forward(n: int) -> None:
+        with torch.inference_mode():
+            for _ in range(n):
+                diffusion.net(single, t)
+
+    forward(3)
+    for name in names("attack"):
+        attack = build("attack", composed(f"attack={name}")["attack"])
+        if (nfe := attack.nfe(1000)) > 20:  # a coarser trajectory costs as much per evaluation
+            attack.stride = 50
+            nfe = attack.nfe(1000)
+        ratios = []
+        for _ in range(ROUNDS * max(1, 10 // nfe)):
+            before = timed(lambda nfe=nfe: forward(nfe))
+            with torch.inference_mode():
+                took = timed(lambda attack=attack: attack.score(attack.access(diffusion), x, ids))
+            ratios.append(took / ((before + timed(lambda nfe=nfe: forward(nfe))) / 2))
+        ok &= line(f"{name}: wall / ({nfe} evaluations x bare forward)", statistics.median(ratios), 1.05, f"batch {BATCH}")
+    return ok
+
+
+def run(*overrides: str) -> tuple[float, float]:
+    """Wall seconds and peak memory (MiB) of a command line."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(CONF.parent / "run.py"), *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"python run.py {' '.join(overrides)} failed")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def grid() -> bool:
+    with tempfile.TemporaryDirectory() as out:
+        first, _ = run(*GRID, f"output_dir={out}")
+        again, _ = run(*GRID, f"output_dir={out}")
+        single, _ = run(f"output_dir={out}", "attack=pia")
+    cell = (again - single) / 11
+    return line(
+        "grid repeated / grid first", again / first, 0.05, f"{first:.0f} s, {again:.1f} s; {cell:.2f} s a cell, {single:.1f} s start-up"
+    )
+
+
+def memory() -> bool:
+    peaks = []
+    with tempfile.TemporaryDirectory() as out:
+        for n in (1000, 10000):
+            np.savez(f"{out}/{n}.npz", images=np.random.default_rng(0).integers(0, 256, (n, 16, 16), dtype=np.uint8))
+            data = ["dataset=arrays", f"dataset.path={out}/{n}.npz", "dataset.image_size=16", "dataset.channels=1", "split.pool=null"]
+            peaks.append(run(*data, "training.steps=3", "tracking=none", f"output_dir={out}/{n}")[1])
+    return line("peak memory at 10,000 images / at 1,000", peaks[1] / peaks[0], 1.10, f"{peaks[1]:.0f} MiB, {peaks[0]:.0f} MiB")
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{'what':44s}   ratio      bound")
+    parts = {"training": training, "attacks": attacks, "memory": memory, "grid": grid}
+    chosen = sys.argv[1:] or list(parts)
+    sys.exit(0 if all([parts[name]() for name in chosen]) else 1)

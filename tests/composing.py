@@ -1,0 +1,22 @@
+"""Configs as the command line composes them, without a command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The resolved config of `python run.py <overrides>`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
+
+
+def names(group: str) -> list[str]:
+    """The options of a config group."""
+    return sorted(f.stem for f in (CONF / group).glob("*.yaml"))

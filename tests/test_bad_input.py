@@ -1,0 +1,252 @@
+"""Users' mistakes on the real command line: one line that names the key and the remedy, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from diffmia_exp.config import GROUPS
+
+ROOT = Path(__file__).parents[1]
+ARRAYS = "dataset=arrays dataset.path={files}/images.npz dataset.image_size=8 dataset.channels=1"
+FROM_FILE = f"{ARRAYS} split=from_file ~split.pool"
+
+# What is wrong: the arguments, and for every cell that fails its key and a part of the remedy. {files} is the folder of `files`.
+Mistakes = dict[str, tuple[str, list[tuple[str, str]]]]
+
+BEFORE_ANYTHING_HEAVY: Mistakes = {
+    "unknown option": ("--epochs=3", [("--epochs=3", "settings are given as key=value")]),
+    "misspelt option": ("--multrun seed=1,2", [("--multrun", "did you mean --multirun")]),
+    "unknown key": ("attack.tt=3", [("attack.tt", "did you mean attack.t")]),
+    "unknown key at the top": ("sed=3", [("sed", "did you mean seed?")]),
+    "key without its group": ("steps=10", [("steps", "did you mean training.steps?")]),
+    "key of another choice": ("attack.stride=5", [("attack.stride", "attack=secmi and attack=trajectory have it")]),
+    "appended key": ("+foo=1", [("foo=1", "no such key")]),
+    "unknown attack": ("attack=secmii", [("attack=secmii", "did you mean secmi?")]),
+    "unknown data set": ("dataset=cifar", [("dataset=cifar", "did you mean cifar10?")]),
+    "unknown experiment": ("experiment=grid", [("experiment=grid", "gray_box_grid")]),
+    "unknown name in a grid": ("-m attack=pia,sim", [("attack=sim", "did you mean sima?")]),
+    "launcher that is not installed": ("hydra/launcher=slurm", [("hydra/launcher=slurm", "there are basic")]),
+    "no name": ("attack=null", [("Config group override", "by its name, as attack=pia")]),
+    "unreadable value": ("attack.t=[1", [("attack.t=[1", "write key=value")]),
+    "several values without -m": ("attack=pia,secmi", [("attack=pia,secmi", "add -m")]),
+    "deleted setting": ("~seed name=x", [("seed", "do not delete it")]),
+    "reference to nothing": ("name={nope}", [("name", "give a value")]),
+    "negative seed": ("seed=-1", [("seed=-1", "must be a whole number of at least 0")]),
+    "no seed": ("seed=null", [("seed=null", "must be a whole number of at least 0")]),
+    "unknown stage": ("stage=trian", [("stage=trian", "must be one of all, train, attack, report; did you mean train?")]),
+    "unknown weights": ("weights=best", [("weights=best", "must be one of ema, raw")]),
+    "mandatory value missing": ("dataset=arrays", [("dataset.path=???", "must be given on the command line")]),
+    "target outside the project": ("attack._target_=os.system", [("attack._target_=os.system", "must begin with one of diffmia_exp.")]),
+    "grid below a file": ("-m seed=1,2 output_dir={files}/file.txt/out", [("output_dir", "give another folder")]),
+}
+
+BEFORE_TRAINING: Mistakes = {
+    "t no number": ("attack.t=abc", [("attack.t=abc", "must be a whole number")]),
+    "t outside the schedule": ("-m attack.t=0,1000", [("attack.t=0", "of at least 1"), ("attack.t=1000", "of at most 999")]),
+    "stride not dividing t": ("attack=secmi attack.stride=7", [("attack.stride=7", "must divide t=100")]),
+    "slice of nothing": ("attack=trajectory attack.start=100", [("attack.start=100", "leaves nothing of 100 timesteps")]),
+    "setting the attack has not": ("+attack.foo=1", [("attack.foo=1", "there are t, p")]),
+    "target by a detour": ("attack._target_=diffmia_exp.cli.os.system", [("attack._target_", "must be defined in one of diffmia_exp.")]),
+    "target that is no attack": (
+        "attack=../training/short",
+        [("attack._target_", "must make an object of class diffmia_exp.attacks.base.Attack")],
+    ),
+    "budget below the cost": ("threat_model.query_budget=1", [("threat_model.query_budget=1", "must be at least 2")]),
+    "too little access": ("threat_model=samples_only", [("threat_model=samples_only", "use threat_model=gray_box or white_box")]),
+    "learning rate": (
+        "-m training.lr=-1,0,fast",
+        [
+            ("training.lr=-1", "must be a number above 0"),
+            ("training.lr=0", "must be a number above 0"),
+            ("training.lr=fast", "must be a number above 0"),
+        ],
+    ),
+    "negative batch": ("evaluation.batch_size=-4", [("evaluation.batch_size=-4", "of at least 1")]),
+    "batch that does not divide": ("trainer.devices=3", [("training.batch_size=8", "must be a multiple of 3")]),
+    "no GPU": ("trainer.accelerator=gpu", [("trainer.accelerator=gpu", "use trainer=cpu")]),
+    "snapshot not kept": ("snapshot=3", [("snapshot=3", "must be one of training.snapshots")]),
+    "name that leaves the folder": ("name=../../x", [("name=../../x", "must be letters, digits")]),
+    "folder below a file": ("output_dir={files}/file.txt/out", [("output_dir={files}/file.txt/out", "give another folder")]),
+    "missing folder": ("dataset=fashion_mnist dataset.path={files}/no", [("dataset.path={files}/no", "give a folder")]),
+    "image folders": (
+        "-m dataset=image_folder dataset.image_size=8 split.pool=null dataset.path={files}/no,{files}/empty,{files}/corrupt",
+        [
+            ("dataset.path={files}/no", "give one that holds images"),
+            ("dataset.path={files}/empty", "holds no image files"),
+            ("dataset.path={files}/corrupt/03.png", "mend or remove the file"),
+        ],
+    ),
+    "mixed sizes": (
+        "dataset=fashion_mnist dataset.path={files}/mixed dataset.resize=false dataset.image_size=8 split.pool=null",
+        [("dataset.image_size=8", "image 5 is 9x7; give its size or set dataset.resize=true")],
+    ),
+    "pickled arrays": (f"{ARRAYS} dataset.path={{files}}/pickled.npz", [("dataset.path={files}/pickled.npz", "plain arrays")]),
+    "another image size": (f"{ARRAYS} dataset.image_size=16", [("dataset.image_size=16", "which holds 1x8x8 images")]),
+    "too few images": (f"{ARRAYS} split.pool=17", [("split.pool=17", "the data set has 16, so take at most 16")]),
+    "sizes of the split": (
+        f"-m {ARRAYS} split=exact ~split.pool split.n_nonmembers=4 split.n_members=0,13",
+        [("split.n_members=0", "of at least 1"), ("split.n_members + split.n_nonmembers=17", "take at most 16")],
+    ),
+    "index files": (
+        f"-m {FROM_FILE} split.path={{files}}/no.npz,{{files}}/images.npz,{{files}}/unknown.json,{{files}}/twice.json",
+        [
+            ("split.path={files}/no.npz", "no such file; give an npz file"),
+            ("split.path={files}/images.npz", "must hold `members` and `nonmembers`"),
+            ("split.path={files}/unknown.json", "lists 1 ids that the data set does not have, 5000 first; leave them out"),
+            ("split.path={files}/twice.json", "list it once"),
+        ],
+    ),
+    "no checkpoint": ("checkpoint={files}/no.safetensors", [("checkpoint={files}/no.safetensors", "give the path of one that exists")]),
+    "checkpoints and networks": (
+        f"-m {ARRAYS} split.pool=16 checkpoint={{files}}/file.txt,{{files}}/other.safetensors model.norm_num_groups=7,8",
+        [
+            ("model=diffusers.UNet2DModel", "see conf/model"),
+            ("checkpoint={files}/file.txt", "cannot be read as a safetensors file"),
+            ("model=diffusers.UNet2DModel", "see conf/model"),
+            ("checkpoint={files}/other.safetensors", "does not fit model=tiny"),
+        ],
+    ),
+    "stage before its time": (
+        f"-m {ARRAYS} split.pool=16 stage=attack,report",
+        [("stage=attack", "run the same with stage=train first"), ("stage=report", "run the same with stage=all first")],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files and folders that something is wrong with."""
+    root = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8), dtype=np.uint8)
+    (root / "empty").mkdir()
+    for folder in ("corrupt", "mixed"):
+        (root / folder).mkdir()
+        for n, image in enumerate(pixels):
+            Image.fromarray(image).save(root / folder / f"{n:02d}.png")
+    whole = (root / "corrupt" / "03.png").read_bytes()
+    (root / "corrupt" / "03.png").write_bytes(whole[:60])
+    Image.fromarray(np.zeros((7, 9), np.uint8)).save(root / "mixed" / "05.png")
+    np.savez(root / "images.npz", images=pixels)
+    np.savez(root / "pickled.npz", images=np.array([{}] * 16, dtype=object))
+    (root / "file.txt").write_text("nothing of use")
+    (root / "unknown.json").write_text(json.dumps({"members": [1, 2], "nonmembers": [3, 5000]}))
+    (root / "twice.json").write_text(json.dumps({"members": [1, 2], "nonmembers": [2, 3]}))
+    save_file({"weight": np.zeros(3, np.float32)}, root / "other.safetensors")
+    return root
+
+
+def run(*arguments: str, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line, in a process of its own, on one thread and without GPU or network."""
+
+    def limit() -> None:
+        if largest_file is not None:  # writing past it fails with EFBIG
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    alone = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "run.py", "debug=quick", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | alone, preexec_fn=limit, capture_output=True, text=True, timeout=300)
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The errors that are reported: one line each, at the end."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+    assert [f"error: {e}" for e in errors] == lines[-len(errors) :]
+    return errors
+
+
+def assert_nothing_half_written(out: Path) -> None:
+    assert [p for p in out.rglob("*") if p.name.endswith((".partial", ".claim", ".tmp", ".ckpt"))] == []
+    entries = [entry for kind in ("models", "scores", "samples") for entry in out.glob(f"{kind}/*")]
+    assert [entry for entry in entries if not (entry / "DONE").exists()] == []
+
+
+@pytest.mark.parametrize("name", BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(name: str, files: Path, tmp_path: Path) -> None:
+    arguments, expected = (BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)[name]
+    done = run(f"output_dir={tmp_path}/out", *arguments.format(files=files, nope="${nope}").split())
+    errors = refused(done)
+    assert len(errors) == len(expected)
+    for error, (key, remedy) in zip(errors, expected, strict=True):
+        told = error.split(": ", 1)[1] if error.startswith("debug=quick ") else error  # in a grid, the cell comes first
+        assert told.startswith(key.format(files=files))
+        assert remedy in told
+    assert done.stdout == ""
+    if name in BEFORE_ANYTHING_HEAVY:
+        assert len(done.stderr.splitlines()) == 1
+    assert_nothing_half_written(tmp_path)
+    assert not list(tmp_path.glob("out/runs/*"))
+    assert not list(tmp_path.glob("out/*/*/DONE"))
+
+
+def test_a_grid_gets_over_a_full_disk_mistakes_and_damaged_entries(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = [*ARRAYS.format(files=files).split(), "split.pool=16"]
+    grid = [*data, "-m", f"output_dir={out}", "attack.t=50,abc,60,1000", "name=t${attack.t}"]
+    full = f"output_dir={out}: the disk is full; free some space and run the same command again, it resumes"
+    mistakes = ["attack.t=abc: must be a whole number of at least 1", "attack.t=1000: must be a whole number of at most 999"]
+
+    told = refused(run(*grid, largest_file=1_000_000))  # too small for the weights
+    assert [error.split(": ", 1)[1] for error in told] == [full, mistakes[0], full, mistakes[1]]
+    assert_nothing_half_written(out)
+    assert not list(out.glob("runs/*"))
+
+    told = refused(run(*grid))
+    assert [error.split(": ", 1)[1] for error in told] == mistakes
+    assert sorted(path.parent.name.split("-")[0] for path in out.glob("runs/*/metrics.json")) == ["t50", "t60"]
+    statuses = [json.loads(path.read_text())["status"] for path in out.glob("sweeps/*/*/status.json")]
+    assert sorted(statuses) == ["done"] * 2 + ["failed"] * 6
+    assert_nothing_half_written(out)
+
+    (key,) = (path.name for path in out.glob("models/*"))
+    truncated, altered, incomplete = (tmp_path / name / "models" / key for name in ("truncated", "altered", "incomplete"))
+    for entry in (truncated, altered, incomplete):
+        shutil.copytree(out / "models" / key, entry)
+    weights = (altered / "ema.safetensors").read_bytes()
+    (truncated / "ema.safetensors").write_bytes(weights[:-1])
+    (altered / "ema.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    (incomplete / "DONE").unlink()
+
+    folders = f"output_dir={tmp_path}/truncated,{tmp_path}/altered,{tmp_path}/incomplete"
+    told = refused(run(*data, "-m", folders, f"hydra.sweep.dir={tmp_path}/sweep", "attack=sima"))
+    weights_differ = "ema.safetensors is missing, truncated or altered (its checksum differs)"
+    reasons = {truncated: weights_differ, altered: weights_differ, incomplete: "the entry is incomplete (DONE is missing or damaged)"}
+    for error, (entry, reason) in zip(told, reasons.items(), strict=True):
+        assert error.split(": ", 1)[1] == f"{entry}: {reason}; delete the folder to have it made again: rm -r {entry}"
+        assert not list(entry.parents[1].glob("runs/*"))
+        assert not list(entry.parents[1].glob("scores/*"))
+
+
+def test_help_tells_what_every_group_is_and_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} - {"hydra", "local"}
+    assert groups == {*GROUPS, "experiment", "debug"}
+    for group in groups:
+        assert re.search(rf"^  {group} +\w.+ .+$", done.stdout, re.MULTILINE), group
+        for choice in (ROOT / "conf" / group).glob("*.yaml"):
+            assert re.search(rf"^{group}: (.+, )?{choice.stem}(,|$)", done.stdout, re.MULTILINE), choice
+    assert len(re.findall(r"^  python run\.py", done.stdout, re.MULTILINE)) == 5
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "diffmia_exp.cli" in imported
+    assert not imported & {"torch", "numpy", "pytorch_lightning", "diffusers", "wandb", "diffmia_exp.pipeline"}
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option() -> None:
+    done = subprocess.run([sys.executable, "run.py", "seed=3", "--cfg", "job", "attack.t=7"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "seed: 3\n" in done.stdout
+    assert "  t: 7\n" in done.stdout
