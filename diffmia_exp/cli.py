@@ -56,6 +56,7 @@ def cell(cfg: DictConfig) -> float | None:
             _failed.append(one_line(e))
             sys.exit(1)  # unlike an exception, this is not commented on by Hydra
         raise e
+    result.overrides = given
     _finished.append(result)
     auc = result.get("auc")
     return float(auc) if auc is not None else None
@@ -157,7 +158,7 @@ def _no_such_choice(path: str, options: Sequence[str]) -> str:
 def _no_such_key(key: str) -> str:
     owners = _keys()
     if key in owners:
-        return f"{key}: no such key with the {key.split('.')[0]} chosen; {' and '.join(owners[key])} have it"
+        return f"{key}: no such key with the {key.split('.')[0]} chosen; choose {' or '.join(owners[key])} to have it"
     elsewhere = [known for known in owners if known.endswith(f".{key}")]  # the group was forgotten
     hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else near(key, [k for k in owners if k.count(".") == key.count(".")])
     return f"{key}: no such key{hint}; python run.py --cfg {'hydra' if key.startswith('hydra') else 'job'} shows them all"
@@ -189,14 +190,17 @@ def _print_results() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    common = set.intersection(*(set(r.overrides) for r in rows))
+    columns = ("attack=", "threat_model=", "dataset=", "seed=")
+    varied = [" ".join(o for o in r.overrides if o not in common and not o.startswith(columns)) for r in rows]
     fprs = list(dict.fromkeys(fpr for r in rows for fpr in r.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading in ("attack", "threat model", "dataset", "seed"):
-        table.add_column(heading, no_wrap=True)
+    for heading in ("attack", "threat model", "dataset", "seed", *(["settings"] if any(varied) else [])):
+        table.add_column(heading, no_wrap=heading != "settings")
     for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time"):
         table.add_column(heading, justify="right")
-    for r in rows:
-        start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"])]
+    for r, settings in zip(rows, varied, strict=True):
+        start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"]), *([settings] if any(varied) else [])]
         if r["status"] != "done":
             table.add_row(*start, r["status"])
             continue

@@ -7,6 +7,8 @@ import pydoc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from diffmia_exp.errors import ConfigError, UserError, choice, near, whole
 
 ALLOWED = ("diffmia_exp.", "diffusers.", "torch.nn.", "torch.optim.", "pytorch_lightning.", "opacus.", "sklearn.")
@@ -34,6 +36,9 @@ STAGES = ("all", "train", "attack", "report")
 
 Plain = dict[str, Any]
 
+OmegaConf.register_new_resolver("or", lambda value, otherwise: value or otherwise, replace=True)
+"""In configs: `${or:${x},y}` is y where x is null."""
+
 
 def plain(cfg: Mapping[str, Any]) -> Plain:
     """A resolved config as plain Python values.
@@ -41,7 +46,6 @@ def plain(cfg: Mapping[str, Any]) -> Plain:
     Raises:
         ConfigError: for a mandatory value that was not given (`???`) or an interpolation that leads nowhere.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
     try:
@@ -62,6 +66,8 @@ def checked(cfg: Mapping[str, Any]) -> Plain:
     config = plain(cfg)
     known = (*GROUPS, *SETTINGS)
     for key in config:
+        if key in ("experiment", "debug", "local"):
+            raise ConfigError(key, config[key], f"a file in conf/{key} must begin with the line # @package _global_")
         if key not in known:
             raise ConfigError(key, config[key], f"no such key{near(key, known)}; leave it out")
     for key in known:
@@ -131,13 +137,17 @@ def _located(key: str, target: str) -> Any:
         raise ConfigError(key, target, f"cannot be imported ({_first_line(e)})") from None
     if not callable(found):
         raise ConfigError(key, target, "no such class or function")
-    if not f"{found.__module__}.".startswith(ALLOWED):
-        raise ConfigError(key, target, f"must be defined in one of {' '.join(ALLOWED)}, not in {found.__module__}")
+    module = getattr(found, "__module__", None)
+    if not f"{module}.".startswith(ALLOWED):
+        raise ConfigError(key, target, f"must be defined in one of {' '.join(ALLOWED)}, not in {module}")
     return found
 
 
 def _check_arguments(group: str, target: Any, arguments: Plain, extra: Plain) -> None:
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # of some built-in classes
+        return
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in arguments:

@@ -146,7 +146,7 @@ def image_folder(path: str, image_size: int, channels: int = 3) -> Source:
         def opened(i: int) -> tuple[str, Image.Image]:
             try:
                 with Image.open(files[i]) as image:
-                    return str(files[i]), image.convert(MODES[channels])
+                    return str(files[i]), ImageOps.exif_transpose(image)
             except Exception as e:  # decoders raise all kinds of errors at damaged files
                 reason = str(e).replace(f" {str(files[i])!r}", "")
                 raise ConfigError("path", files[i], f"cannot be read as an image ({reason}); mend or remove the file") from None
@@ -197,6 +197,14 @@ def _check_shape(image_size: int, channels: int) -> None:
         raise ConfigError("channels", channels, "must be 1 (grey) or 3 (RGB)")
 
 
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):  # PIL would clip it to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ConfigError("path", name, f"has pixels of an unknown range (mode {image.mode}); convert it to 8 or 16 bits")
+    return image
+
+
 def _stack(named: list[tuple[str, Image.Image]], image_size: int, channels: int, resize: bool) -> Pixels:
     size = (image_size, image_size)
     out = np.empty((len(named), channels, image_size, image_size), np.uint8)
@@ -204,7 +212,7 @@ def _stack(named: list[tuple[str, Image.Image]], image_size: int, channels: int,
         if image.size != size and not resize:
             found = f"{image.size[0]}x{image.size[1]}"
             raise ConfigError("image_size", image_size, f"{name} is {found}; give its size or set dataset.resize=true")
-        image = image.convert(MODES[channels])
+        image = _eight_bit(image, name).convert(MODES[channels])
         pixels = np.asarray(ImageOps.fit(image, size) if image.size != size else image)
         out[n] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     return out

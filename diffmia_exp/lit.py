@@ -95,9 +95,10 @@ class LitDiffusion(pl.LightningModule):
         step = self.global_step + 1
         super().optimizer_step(*args, **kwargs)
         # Here, not at the end of the batch: there the callbacks come first, and would keep an average that lacks this step.
-        nets = list(self.ema.parameters()), list(self.diffusion.net.parameters())
+        averages: list[Tensor] = [*self.ema.parameters()]
+        weights: list[Tensor] = [*self.diffusion.net.parameters()]
         with torch.no_grad():
-            torch._foreach_lerp_(*nets, 1 - self.recipe.ema_decay_at(step))
+            torch._foreach_lerp_(averages, weights, 1 - self.recipe.ema_decay_at(step))
             for average, now in zip(self.ema.buffers(), self.diffusion.net.buffers(), strict=True):
                 average.copy_(now)
 

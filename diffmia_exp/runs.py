@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Result(dict[str, Any]):
     cached: bool = False
     folder: Path | None = None
     tracked: str | None = None
+    overrides: Sequence[str] = ()
 
 
 def checked_name(name: Any) -> str:

@@ -17,7 +17,6 @@ from diffmia_exp.diffusion import Diffusion, Schedule, Timestep
 from diffmia_exp.errors import ConfigError, UserError, choice, number, whole
 from diffmia_exp.noise import derive, gaussian
 
-
 BLOCK = 64
 """Images per network call are padded to a multiple of this. Kernels round differently for odd batch sizes, by about 1e-6 in
 float32, which attacks that take a difference of two predictions magnify; padded, scores do not depend on the batch size."""

@@ -157,4 +157,5 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{'what':44s}   ratio      bound")
     parts = {"training": training, "attacks": attacks, "memory": memory, "grid": grid}
     chosen = sys.argv[1:] or list(parts)
-    sys.exit(0 if all([parts[name]() for name in chosen]) else 1)
+    results = [parts[name]() for name in chosen]  # all of them, also after one that is above its bound
+    sys.exit(0 if all(results) else 1)

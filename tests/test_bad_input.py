@@ -20,7 +20,7 @@ from diffmia_exp.config import GROUPS
 
 ROOT = Path(__file__).parents[1]
 ARRAYS = "dataset=arrays dataset.path={files}/images.npz dataset.image_size=8 dataset.channels=1"
-FROM_FILE = f"{ARRAYS} split=from_file ~split.pool"
+FROM_FILE = f"{ARRAYS} split=from_file"
 
 # What is wrong: the arguments, and for every cell that fails its key and a part of the remedy. {files} is the folder of `files`.
 Mistakes = dict[str, tuple[str, list[tuple[str, str]]]]
@@ -31,7 +31,8 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
     "unknown key": ("attack.tt=3", [("attack.tt", "did you mean attack.t")]),
     "unknown key at the top": ("sed=3", [("sed", "did you mean seed?")]),
     "key without its group": ("steps=10", [("steps", "did you mean training.steps?")]),
-    "key of another choice": ("attack.stride=5", [("attack.stride", "attack=secmi and attack=trajectory have it")]),
+    "key of another choice": ("attack.stride=5", [("attack.stride", "choose attack=secmi or attack=trajectory to have it")]),
+    "file in the wrong package": ("+experiment.seed=1", [("experiment=", "must begin with the line # @package _global_")]),
     "appended key": ("+foo=1", [("foo=1", "no such key")]),
     "unknown attack": ("attack=secmii", [("attack=secmii", "did you mean secmi?")]),
     "unknown data set": ("dataset=cifar", [("dataset=cifar", "did you mean cifar10?")]),
@@ -53,28 +54,33 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
 }
 
 BEFORE_TRAINING: Mistakes = {
-    "t no number": ("attack.t=abc", [("attack.t=abc", "must be a whole number")]),
-    "t outside the schedule": ("-m attack.t=0,1000", [("attack.t=0", "of at least 1"), ("attack.t=1000", "of at most 999")]),
+    "t outside the schedule": ("attack.t=1000", [("attack.t=1000", "must be a whole number of at most 999")]),
+    "t no timestep": (
+        "-m attack.t=0,-3,1.5,abc",
+        [(f"attack.t={t}", "must be a whole number of at least 1") for t in ("0", "-3", "1.5", "abc")],
+    ),
     "stride not dividing t": ("attack=secmi attack.stride=7", [("attack.stride=7", "must divide t=100")]),
     "slice of nothing": ("attack=trajectory attack.start=100", [("attack.start=100", "leaves nothing of 100 timesteps")]),
     "setting the attack has not": ("+attack.foo=1", [("attack.foo=1", "there are t, p")]),
-    "target by a detour": ("attack._target_=diffmia_exp.cli.os.system", [("attack._target_", "must be defined in one of diffmia_exp.")]),
-    "target that is no attack": (
-        "attack=../training/short",
-        [("attack._target_", "must make an object of class diffmia_exp.attacks.base.Attack")],
+    "targets": (
+        "-m attack._target_=diffmia_exp.attacks.pia.Pia,diffmia_exp.cli.os.system,diffmia_exp.runs.Result",
+        [
+            ("attack._target_=diffmia_exp.attacks.pia.Pia", "no such class or function"),
+            ("attack._target_=diffmia_exp.cli.os.system", "must be defined in one of diffmia_exp."),
+            ("attack._target_=diffmia_exp.runs.Result", "must make an object of class diffmia_exp.attacks.base.Attack"),
+        ],
     ),
     "budget below the cost": ("threat_model.query_budget=1", [("threat_model.query_budget=1", "must be at least 2")]),
     "too little access": ("threat_model=samples_only", [("threat_model=samples_only", "use threat_model=gray_box or white_box")]),
-    "learning rate": (
-        "-m training.lr=-1,0,fast",
+    "learning rate": ("-m training.lr=-1,0,fast", [(f"training.lr={lr}", "must be a number above 0") for lr in ("-1", "0", "fast")]),
+    "batch size": (
+        "-m training.batch_size=-4,0,7 trainer.devices=2",
         [
-            ("training.lr=-1", "must be a number above 0"),
-            ("training.lr=0", "must be a number above 0"),
-            ("training.lr=fast", "must be a number above 0"),
+            ("training.batch_size=-4", "of at least 1"),
+            ("training.batch_size=0", "of at least 1"),
+            ("training.batch_size=7", "must be a multiple of 2, the number of devices"),
         ],
     ),
-    "negative batch": ("evaluation.batch_size=-4", [("evaluation.batch_size=-4", "of at least 1")]),
-    "batch that does not divide": ("trainer.devices=3", [("training.batch_size=8", "must be a multiple of 3")]),
     "no GPU": ("trainer.accelerator=gpu", [("trainer.accelerator=gpu", "use trainer=cpu")]),
     "snapshot not kept": ("snapshot=3", [("snapshot=3", "must be one of training.snapshots")]),
     "name that leaves the folder": ("name=../../x", [("name=../../x", "must be letters, digits")]),
@@ -92,11 +98,17 @@ BEFORE_TRAINING: Mistakes = {
         "dataset=fashion_mnist dataset.path={files}/mixed dataset.resize=false dataset.image_size=8 split.pool=null",
         [("dataset.image_size=8", "image 5 is 9x7; give its size or set dataset.resize=true")],
     ),
-    "pickled arrays": (f"{ARRAYS} dataset.path={{files}}/pickled.npz", [("dataset.path={files}/pickled.npz", "plain arrays")]),
-    "another image size": (f"{ARRAYS} dataset.image_size=16", [("dataset.image_size=16", "which holds 1x8x8 images")]),
+    "arrays": (
+        f"-m {ARRAYS} dataset.image_size=16 dataset.path={{files}}/no.npz,{{files}}/pickled.npz,{{files}}/images.npz",
+        [
+            ("dataset.path={files}/no.npz", "give an npz file"),
+            ("dataset.path={files}/pickled.npz", "cannot be read as an npz file of plain arrays"),
+            ("dataset.image_size=16", "which holds 1x8x8 images"),
+        ],
+    ),
     "too few images": (f"{ARRAYS} split.pool=17", [("split.pool=17", "the data set has 16, so take at most 16")]),
     "sizes of the split": (
-        f"-m {ARRAYS} split=exact ~split.pool split.n_nonmembers=4 split.n_members=0,13",
+        f"-m {ARRAYS} split=exact split.n_nonmembers=4 split.n_members=0,13",
         [("split.n_members=0", "of at least 1"), ("split.n_members + split.n_nonmembers=17", "take at most 16")],
     ),
     "index files": (
@@ -108,14 +120,16 @@ BEFORE_TRAINING: Mistakes = {
             ("split.path={files}/twice.json", "list it once"),
         ],
     ),
-    "no checkpoint": ("checkpoint={files}/no.safetensors", [("checkpoint={files}/no.safetensors", "give the path of one that exists")]),
     "checkpoints and networks": (
-        f"-m {ARRAYS} split.pool=16 checkpoint={{files}}/file.txt,{{files}}/other.safetensors model.norm_num_groups=7,8",
+        f"-m {ARRAYS} split.pool=16 checkpoint={{files}}/no.safetensors,{{files}}/file.txt,{{files}}/other.safetensors"
+        " model.norm_num_groups=8,7",
         [
-            ("model=diffusers.UNet2DModel", "see conf/model"),
+            ("checkpoint={files}/no.safetensors", "no such file; give the path of one that exists"),
+            ("checkpoint={files}/no.safetensors", "no such file; give the path of one that exists"),
             ("checkpoint={files}/file.txt", "cannot be read as a safetensors file"),
-            ("model=diffusers.UNet2DModel", "see conf/model"),
+            ("model=diffusers.UNet2DModel", "refuses these settings"),
             ("checkpoint={files}/other.safetensors", "does not fit model=tiny"),
+            ("model=diffusers.UNet2DModel", "refuses these settings"),
         ],
     ),
     "stage before its time": (
@@ -175,41 +189,23 @@ def assert_nothing_half_written(out: Path) -> None:
     assert [entry for entry in entries if not (entry / "DONE").exists()] == []
 
 
-@pytest.mark.parametrize("name", BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)
-def test_a_mistake_is_told_in_one_line_and_nothing_is_written(name: str, files: Path, tmp_path: Path) -> None:
-    arguments, expected = (BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)[name]
-    done = run(f"output_dir={tmp_path}/out", *arguments.format(files=files, nope="${nope}").split())
-    errors = refused(done)
-    assert len(errors) == len(expected)
-    for error, (key, remedy) in zip(errors, expected, strict=True):
-        told = error.split(": ", 1)[1] if error.startswith("debug=quick ") else error  # in a grid, the cell comes first
-        assert told.startswith(key.format(files=files))
-        assert remedy in told
-    assert done.stdout == ""
-    if name in BEFORE_ANYTHING_HEAVY:
-        assert len(done.stderr.splitlines()) == 1
-    assert_nothing_half_written(tmp_path)
-    assert not list(tmp_path.glob("out/runs/*"))
-    assert not list(tmp_path.glob("out/*/*/DONE"))
-
-
-def test_a_grid_gets_over_a_full_disk_mistakes_and_damaged_entries(files: Path, tmp_path: Path) -> None:
+def test_a_full_disk_mistakes_in_a_grid_and_damaged_entries(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     data = [*ARRAYS.format(files=files).split(), "split.pool=16"]
-    grid = [*data, "-m", f"output_dir={out}", "attack.t=50,abc,60,1000", "name=t${attack.t}"]
-    full = f"output_dir={out}: the disk is full; free some space and run the same command again, it resumes"
-    mistakes = ["attack.t=abc: must be a whole number of at least 1", "attack.t=1000: must be a whole number of at most 999"]
 
-    told = refused(run(*grid, largest_file=1_000_000))  # too small for the weights
-    assert [error.split(": ", 1)[1] for error in told] == [full, mistakes[0], full, mistakes[1]]
+    (error,) = refused(run(*data, f"output_dir={out}", "attack.t=50", largest_file=1_000_000))  # too small for the weights
+    assert error == f"output_dir={out}: the disk is full; free some space and run the same command again, it resumes"
     assert_nothing_half_written(out)
     assert not list(out.glob("runs/*"))
+    (error,) = refused(run("-m", f"output_dir={out}", "seed=0,1", largest_file=0))
+    assert error == "output_dir: the disk is full; free some space and run the same command again, it resumes"
+    shutil.rmtree(out / "sweeps")
 
-    told = refused(run(*grid))
+    told = refused(run(*data, "attack.t=50,abc,60,1000", "-m", f"output_dir={out}", "name=t${attack.t}"))
+    mistakes = ["attack.t=abc: must be a whole number of at least 1", "attack.t=1000: must be a whole number of at most 999"]
     assert [error.split(": ", 1)[1] for error in told] == mistakes
     assert sorted(path.parent.name.split("-")[0] for path in out.glob("runs/*/metrics.json")) == ["t50", "t60"]
-    statuses = [json.loads(path.read_text())["status"] for path in out.glob("sweeps/*/*/status.json")]
-    assert sorted(statuses) == ["done"] * 2 + ["failed"] * 6
+    assert [json.loads((*out.glob(f"sweeps/*/{n}/status.json"),)[0].read_text())["status"] for n in range(4)] == ["done", "failed"] * 2
     assert_nothing_half_written(out)
 
     (key,) = (path.name for path in out.glob("models/*"))
@@ -229,6 +225,27 @@ def test_a_grid_gets_over_a_full_disk_mistakes_and_damaged_entries(files: Path, 
         assert error.split(": ", 1)[1] == f"{entry}: {reason}; delete the folder to have it made again: rm -r {entry}"
         assert not list(entry.parents[1].glob("runs/*"))
         assert not list(entry.parents[1].glob("scores/*"))
+
+
+@pytest.mark.parametrize("name", BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
+    name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    arguments, expected = (BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)[name]
+    done = run(f"output_dir={tmp_path}/out", *arguments.format(files=files, nope="${nope}").split())
+    errors = refused(done)
+    assert len(errors) == len(expected)
+    for error, (key, remedy) in zip(errors, expected, strict=True):
+        told = error.split(": ", 1)[1] if error.startswith("debug=quick ") else error  # in a grid, the cell comes first
+        assert told.startswith(key.format(files=files))
+        assert remedy in told
+    assert done.stdout == ""
+    if name in BEFORE_ANYTHING_HEAVY:
+        assert len(done.stderr.splitlines()) == 1
+    assert_nothing_half_written(tmp_path / "out")
+    assert not list(tmp_path.glob("out/runs/*"))
+    assert not list(tmp_path.glob("out/*/*/DONE"))
 
 
 def test_help_tells_what_every_group_is_and_loads_nothing_heavy() -> None:

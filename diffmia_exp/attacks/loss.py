@@ -1,7 +1,7 @@
 """Loss attack.
 
-Matsumoto, Miura, Yanai, "Membership Inference Attacks against Diffusion Models", 2023 (arXiv 2302.03262), section IV;
-Hu & Pang, "Membership Inference of Diffusion Models", 2023 (arXiv 2301.09956), section 4.1.
+Matsumoto, Miura, Yanai, "Membership Inference Attacks against Diffusion Models", 2023 (arXiv 2302.03262);
+Hu & Pang, "Membership Inference of Diffusion Models", 2023 (arXiv 2301.09956).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffmia_exp.threat_models import GrayBox
 
 
 class Loss(Attack):
-    """The training loss at one timestep: members are denoised better.
+    """The training loss at one timestep (Ho et al. 2020, equation 14 at one t): members are denoised better.
 
     score = -mean over noises of ||eps - eps_t(x_t)||_2^2, x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps
 

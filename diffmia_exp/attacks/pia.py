@@ -14,7 +14,7 @@ from diffmia_exp.threat_models import GrayBox
 
 
 class PIA(Attack):
-    """The model's own prediction at t = 0 serves as the noise; members bring it back (section 3.2, equation 8).
+    """The model's own prediction at t = 0 serves as the noise; members bring it back (the paper's R_{t,p}).
 
     score = -||eps_0 - eps_t(sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps_0)||_p^p,  eps_0 = eps_0(x_0)
 

@@ -13,10 +13,11 @@ from diffmia_exp.threat_models import GrayBox
 
 
 class SecMI(Attack):
-    """SecMI-stat: the t-error, how far one deterministic step up and one back end from where they began (equation 9).
+    """SecMI-stat: the t-error, how far one deterministic step up and one back end from where they began (the paper's t-error).
 
     x~_s, s = t - stride, is reached from x_0 (taken as the state at index 0) by DDIM inversion in strides;
-    score = -||psi(phi(x~_s, s), t) - x~_s||_2^2, phi one DDIM step from s up to t, psi one from t down to s (equations 6 to 8).
+    score = -||psi(phi(x~_s, s), t) - x~_s||_2^2, phi one DDIM step from s up to t, psi one from t down to s (Song et al., DDIM,
+    2021, equation 12 with sigma = 0).
 
     Args:
         t: t_SEC, the upper end of the compared step; the error compared is that at t - stride.

@@ -5,7 +5,7 @@ from scipy import stats
 
 from diffmia_exp.attacks.trajectory import Trajectory, discretised_nll, posterior_variance
 from diffmia_exp.diffusion import Schedule, linear
-from tests.attacks.conftest import A, BETAS, T, Lab
+from tests.attacks.conftest import BETAS, A, Lab, T
 
 STRIDE = 111  # 0, 111, .., 999
 
