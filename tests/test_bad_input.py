@@ -55,10 +55,6 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
 
 BEFORE_TRAINING: Mistakes = {
     "t outside the schedule": ("attack.t=1000", [("attack.t=1000", "must be a whole number of at most 999")]),
-    "t no timestep": (
-        "-m attack.t=0,-3,1.5,abc",
-        [(f"attack.t={t}", "must be a whole number of at least 1") for t in ("0", "-3", "1.5", "abc")],
-    ),
     "stride not dividing t": ("attack=secmi attack.stride=7", [("attack.stride=7", "must divide t=100")]),
     "slice of nothing": ("attack=trajectory attack.start=100", [("attack.start=100", "leaves nothing of 100 timesteps")]),
     "setting the attack has not": ("+attack.foo=1", [("attack.foo=1", "there are t, p")]),
