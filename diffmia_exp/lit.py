@@ -21,7 +21,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -244,11 +244,3 @@ def train(
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1))
     log.info("%s: %d steps, %.0f epochs of %d images, %.0f s", label, recipe.steps, facts["epochs"], len(pixels), facts["seconds"])
-
-
-def initialised(make: Any, seed: int, model_index: int) -> nn.Module:
-    """The net that `make()` builds, its initial weights a function of (seed, model index), the global generator untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init", model_index))
-        net: nn.Module = make()
-    return net

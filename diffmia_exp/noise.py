@@ -9,10 +9,11 @@ is the same on CPU and GPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Never renumber: the numbers are part of every stored result.
 PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7, "vary": 8}
@@ -35,6 +36,13 @@ def derive(seed: int, purpose: str, *index: int) -> int:
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
     """A numpy generator for `purpose`."""
     return np.random.default_rng(_sequence(seed, purpose, index))
+
+
+def initialised(make: Callable[[], nn.Module], seed: int, model_index: int) -> nn.Module:
+    """The net that `make()` builds, its initial weights a function of (seed, model index), the global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init", model_index))
+        return make()
 
 
 def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from diffmia_exp.scores import ScoreTable
 from diffmia_exp.store import digest, sha256
 
 if TYPE_CHECKING:
-    from diffmia_exp.pipeline import Experiment
+    from diffmia_exp.experiment import Experiment
 
 log = logging.getLogger(__name__)
 

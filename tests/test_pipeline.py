@@ -118,7 +118,7 @@ def test_what_changes_the_scores_is_computed_again_and_nothing_else(grid: tuple[
 
 def test_scores_do_not_depend_on_batch_size_or_on_who_else_is_audited(tmp_path: Path) -> None:
     base = quick(tmp_path, "attack=loss")
-    other = quick(tmp_path, "attack=loss", "evaluation.batch_size=5")
+    other = quick(tmp_path / "apart", "attack=loss", "evaluation.batch_size=5")  # where no score is stored
     assert base.folder is not None
     assert other.folder is not None
     assert other["scores_sha256"] == base["scores_sha256"]

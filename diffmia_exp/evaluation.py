@@ -1,0 +1,79 @@
+"""Scoring the audited images, in batches and under a budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from diffmia_exp.attacks.base import Attack
+from diffmia_exp.config import Plain
+from diffmia_exp.data import Images
+from diffmia_exp.diffusion import Diffusion
+from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
+from diffmia_exp.threat_models import ThreatModel, WhiteBox
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the audit is carried out.
+
+    Args:
+        batch_size: images scored at once.
+        precision: of the network while scoring, `float32` or `float64`.
+        device: `auto`, `cpu` or `cuda`.
+        fprs: the FPRs at which the TPR is reported.
+        drop_duplicates: leave non-members that equal a member out of the audit.
+    """
+
+    batch_size: int = 256
+    precision: str = "float32"
+    device: str = "auto"
+    fprs: tuple[float, ...] = (0.1, 0.01, 0.001, 0.0001)
+    drop_duplicates: bool = False
+
+    def __post_init__(self) -> None:
+        whole("batch_size", self.batch_size, least=1)
+        choice("precision", self.precision, ("float32", "float64"))
+        choice("device", self.device, ("auto", "cpu", "cuda"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device", "cuda", "no GPU is usable here; use evaluation.device=cpu")
+        for fpr in self.fprs:
+            number("fprs", fpr, above=0, most=1)
+        flag("drop_duplicates", self.drop_duplicates)
+
+    @property
+    def torch_device(self) -> str:
+        """Where scoring runs."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+
+def score_images(
+    attack: Attack, threat_model: ThreatModel, diffusion: Diffusion, images: Images, evaluation: Evaluation, label: str
+) -> tuple[NDArray[np.float64], Plain]:
+    """Scores of all images, float64 [n], and what they cost (`nfe_per_image`, `seconds`)."""
+    access = threat_model.grant(diffusion, attack.access, len(images))
+    out = np.empty(len(images))
+    started = time.monotonic()
+    with torch.inference_mode(attack.access is not WhiteBox), torch.backends.cudnn.flags(allow_tf32=False):
+        for at in batches(len(images), evaluation.batch_size, f"scoring {label}"):
+            x = torch.from_numpy(images.pixels[at]).to(diffusion.device, torch.float64) / 127.5 - 1
+            ids = torch.from_numpy(images.sample_id[at]).to(diffusion.device)
+            out[at] = attack.score(access, x, ids).double().cpu().numpy()
+    if not np.isfinite(out).all():
+        raise UserError(f"attack={label}: {int((~np.isfinite(out)).sum())} of {len(out)} scores are not finite; is the model trained well?")
+    return out, {"nfe_per_image": access.evaluations / len(images), "seconds": round(time.monotonic() - started, 3)}
+
+
+def batches(n: int, size: int, label: str) -> Iterator[slice]:
+    """Slices of at most `size`, with a progress bar that counts images."""
+    with tqdm(total=n, desc=label, unit="image", leave=False) as bar:
+        for start in range(0, n, size):
+            at = slice(start, min(start + size, n))
+            yield at
+            bar.update(at.stop - at.start)
