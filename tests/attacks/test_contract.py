@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffmia_exp import attacks, lit
 from diffmia_exp.attacks.base import Attack
@@ -67,11 +68,16 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def memorised(tmp_path_factory: pytest.TempPathFactory) -> Diffusion:
-    """A model that has seen 16 images some 500 times."""
+    """A model that has learned 16 images by heart: each seen 2,400 times, weights averaged.
+
+    Fewer draws will not do for SecMI. Its error is the change of the prediction between neighbouring timesteps; until the images
+    are learned (500 steps of 16 images, say) that says how smooth the network is, and members may well score lower.
+    """
     folder = tmp_path_factory.mktemp("memorised")
     diffusion = Diffusion(random_net(0), linear(T))
-    recipe = Recipe(steps=500, batch_size=16, lr=3e-3, warmup_steps=20)
+    recipe = Recipe(steps=600, batch_size=64, lr=3e-3, warmup_steps=20)
     lit.train(folder, diffusion, pixels(16), recipe, TrainerOptions(accelerator="cpu"), seed=0)
+    diffusion.net.load_state_dict(load_file(folder / "ema.safetensors"))
     diffusion.eval()
     return diffusion
 
@@ -149,9 +155,7 @@ def test_an_untrained_target_betrays_nobody(name: str) -> None:
     assert covered >= 18
 
 
-# An open question, not a settled exception: on this over-trained model SecMI's AUC is .44, below 1/2, and why is not known. On the
-# default target (119 members, averaged weights) it is .90.
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "secmi"])
+@pytest.mark.parametrize("name", ATTACKS)
 def test_a_memorised_image_scores_higher(name: str, memorised: Diffusion) -> None:
     attack = built(name)
     x = as_images(np.concatenate([pixels(16), pixels(64, start=100)]))
