@@ -14,7 +14,7 @@ demo: $(READY) ## Train a target on digits, attack it, print the table (about 3 
 	$(BIN)/python run.py
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

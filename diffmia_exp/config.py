@@ -29,7 +29,7 @@ GROUPS = (
 )
 """The groups whose choices a config holds."""
 
-SETTINGS = ("seed", "stage", "weights", "snapshot", "checkpoint", "on_incompatible", "name", "output_dir")
+SETTINGS = ("seed", "stage", "model_index", "weights", "snapshot", "checkpoint", "on_incompatible", "name", "output_dir")
 """What a config holds beside them."""
 
 STAGES = ("all", "train", "attack", "report")

@@ -1,4 +1,4 @@
-"""Scoring the audited images, in batches and under a budget."""
+"""Measuring images on a model, in batches and under a budget."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from diffmia_exp.attacks.base import Attack
+from diffmia_exp.attacks.base import Attack, Lab
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images
-from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
-from diffmia_exp.threat_models import ThreatModel, WhiteBox
+from diffmia_exp.threat_models import SamplesOnly, WhiteBox
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,22 @@ class Evaluation:
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
 
-def score_images(
-    attack: Attack, threat_model: ThreatModel, diffusion: Diffusion, images: Images, evaluation: Evaluation, label: str
+def measure(
+    attack: Attack, access: SamplesOnly, lab: Lab, images: Images, evaluation: Evaluation, device: torch.device, label: str
 ) -> tuple[NDArray[np.float64], Plain]:
-    """Scores of all images, float64 [n], and what they cost (`nfe_per_image`, `seconds`)."""
-    access = threat_model.grant(diffusion, attack.access, len(images))
-    out = np.empty(len(images))
+    """The attack's signals of all images on one model, float64 [n, F], and what they cost (`nfe_per_image`, `seconds`)."""
+    measured: list[NDArray[np.float64]] = []
     started = time.monotonic()
+    attack.prepare(access, lab)
     with torch.inference_mode(attack.access is not WhiteBox), torch.backends.cudnn.flags(allow_tf32=False):
-        for at in batches(len(images), evaluation.batch_size, f"scoring {label}"):
-            x = torch.from_numpy(images.pixels[at]).to(diffusion.device, torch.float64) / 127.5 - 1
-            ids = torch.from_numpy(images.sample_id[at]).to(diffusion.device)
-            out[at] = attack.score(access, x, ids).double().cpu().numpy()
+        for at in batches(len(images), evaluation.batch_size, label):
+            x = torch.from_numpy(images.pixels[at]).to(device, torch.float64) / 127.5 - 1
+            ids = torch.from_numpy(images.sample_id[at]).to(device)
+            measured.append(attack.signal(access, x, ids).double().cpu().numpy())
+    out = np.concatenate(measured)
     if not np.isfinite(out).all():
-        raise UserError(f"attack={label}: {int((~np.isfinite(out)).sum())} of {len(out)} scores are not finite; is the model trained well?")
+        bad = int((~np.isfinite(out).all(1)).sum())
+        raise UserError(f"{label}: the signals of {bad} of {len(out)} images are not finite; is the model trained well?")
     return out, {"nfe_per_image": access.evaluations / len(images), "seconds": round(time.monotonic() - started, 3)}
 
 

@@ -1,35 +1,31 @@
-"""One cell of a grid: its config checked, its keys in the store, and the steps that make its entries."""
+"""One cell of a grid: its config, checked before anything is trained, and the specs of what it needs from the store."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffmia_exp import runs
+from diffmia_exp import runs, selection
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.config import Plain, build
-from diffmia_exp.data import Images, Pixels, Source
+from diffmia_exp.data import Images, Source
 from diffmia_exp.diffusion import PREDICTIONS, Diffusion
-from diffmia_exp.errors import ConfigError, UserError, choice
-from diffmia_exp.evaluation import Evaluation, score_images
-from diffmia_exp.noise import initialised
-from diffmia_exp.scores import ScoreTable
+from diffmia_exp.errors import ConfigError, UserError, choice, whole
+from diffmia_exp.evaluation import Evaluation
+from diffmia_exp.noise import derive, initialised
 from diffmia_exp.split import MemberSplit
 from diffmia_exp.store import Store, digest, sha256
 from diffmia_exp.threat_models import ThreatModel, enough, level_of
 from diffmia_exp.tracking import Wandb
 
 log = logging.getLogger(__name__)
-
-PREVIEW = {"n": 64, "steps": 50, "seed": 0}
 
 
 class NotApplicable(UserError):
@@ -51,19 +47,31 @@ class Experiment:
         self.weights: str = config["weights"]
         self.name = runs.checked_name(config["name"])
         self.output_dir = runs.writable("output_dir", config["output_dir"])
-        self.models, self.scores, self.samples = (Store(self.output_dir, kind) for kind in ("models", "scores", "samples"))
+        self.stores = {kind: Store(self.output_dir, kind) for kind in ("models", "samples", "signals", "scores")}
         self.tracking: Wandb = build("tracking", config["tracking"] | ({"group": sweep} if not config["tracking"].get("group") else {}))
         self.evaluation: Evaluation = build("evaluation", config["evaluation"])
         self.threat_model: ThreatModel = build("threat_model", config["threat_model"])
-        self.attack: Attack = build("attack", config["attack"], Attack)
+        self.candidates = selection.candidates(config["attack"])
         self.prediction = config["diffusion"].get("prediction", "epsilon")
         choice("diffusion.prediction", self.prediction, PREDICTIONS)
         self.alphas_cumprod = build("diffusion.schedule", config["diffusion"]["schedule"])
         self.recipe = build("training", config["training"])
+        self.shadow_recipe = self._shadow_recipe()
         self.trainer = build("trainer", config["trainer"])
         self._check_weights()
         self._check_devices()
         self._check_query_budget()
+
+    @property
+    def attack(self) -> Attack:
+        """The attack, with the first of the settings that it may get."""
+        return self.candidates[0].attack
+
+    def _shadow_recipe(self) -> Any:
+        try:
+            return build("training", self.group("training", shadow=True))
+        except ConfigError as e:
+            raise ConfigError(e.key.replace("training", "threat_model.shadow_training", 1), e.given, e.must) from None
 
     def _check_weights(self) -> None:
         self.snapshot: int | None = self.config["snapshot"]
@@ -75,20 +83,24 @@ class Experiment:
                 raise ConfigError("stage", self.stage, "must be all or attack where a checkpoint is attacked")
         if self.snapshot is not None and self.snapshot not in self.recipe.snapshots:
             raise ConfigError("snapshot", self.snapshot, f"must be one of training.snapshots={self.recipe.snapshots}")
+        if self.config["model_index"] is not None and self.stage != "train":
+            raise ConfigError("model_index", self.config["model_index"], "must be null unless stage=train; split.target_index is attacked")
 
     def _check_devices(self) -> None:
         if self.trainer.devices != "auto" and self.recipe.batch_size % (world := self.trainer.devices * self.trainer.num_nodes):
             must = f"must be a multiple of {world}, the number of devices (trainer.devices times trainer.num_nodes)"
             raise ConfigError("training.batch_size", self.recipe.batch_size, must)
 
-    def _check_query_budget(self) -> None:
+    def _check_query_budget(self, images: int | None = None) -> None:
+        """The attack's cost against the budget; what is spent once is known once the number of images is."""
+        T, budget = len(self.alphas_cumprod), self.threat_model.query_budget
         try:
-            nfe = self.attack.nfe(len(self.alphas_cumprod))
+            nfe = max(c.attack.nfe(T) + (c.attack.nfe_once(T) / images if images else 0) for c in self.candidates)
         except ConfigError as e:
             raise e.under("attack") from None
-        budget = self.threat_model.query_budget
         if budget is not None and nfe > budget:
-            must = f"must be at least {nfe}, the model evaluations per image that attack={self.config['attack']['name']} costs"
+            name = self.config["attack"]["name"]
+            must = f"must be at least {int(np.ceil(nfe))}, the model evaluations per image that attack={name} costs"
             raise ConfigError("threat_model.query_budget", budget, must)
 
     def check_access(self) -> None:
@@ -104,18 +116,39 @@ class Experiment:
             )
 
     def load(self) -> None:
-        """Read the data and draw the split."""
+        """Read the data, draw the split, and check that they suffice for the attack."""
         self.split, self.images = _load(json.dumps([self.config["dataset"], self.config["split"], self.seed]))
         crossing = self.split.crossing(self.images)
         self.duplicates = int(crossing.sum())
         self.audited = self.split.pool[self.target_index] & ~(crossing & self.evaluation.drop_duplicates)
         if not (self.audited & ~self.keep).any():
             raise ConfigError("evaluation.drop_duplicates", True, "leaves no non-member; every one has a copy among the members")
+        if self.config["model_index"] is not None:
+            whole("model_index", self.config["model_index"], least=0, most=self.split.n_models - 1)
+        elif self.stage != "train" or self.shadows:
+            self._check_shadows()
+        self._check_query_budget(int(self.measured.sum()))
+        if self.shadows and self.group("model") != self.group("model", shadow=True):
+            self.net(self.shadows[0])
         counts = self.keep.sum(), (self.audited & ~self.keep).sum()
         log.info("%s: %d members, %d non-members", self.config["dataset"]["name"], *counts)
         if self.duplicates:
             done = "left out of the audit" if self.evaluation.drop_duplicates else "kept; evaluation.drop_duplicates=true leaves them out"
             log.warning("%d non-members are exact copies of members (%s)", self.duplicates, done)
+
+    def _check_shadows(self) -> None:
+        name, split, attack = self.config["attack"]["name"], self.config["split"], self.attack
+        needed = attack.min_shadows + (self.config["attack"]["select"] == "shadow")
+        if (there := self.split.n_models - 1) < needed:
+            why = "" if needed == attack.min_shadows else " with attack.select=shadow"
+            must = f"must be at least {needed + 1}: attack={name}{why} needs {needed} shadows beside the target; there are {there}"
+            raise ConfigError("split.n_models", split["n_models"], must)
+        if (public := int(self.split.public.sum())) < attack.min_public:
+            raise ConfigError("split.public", public, f"must be at least {attack.min_public}, the public images that attack={name} needs")
+        keep = self.split.keep[self.shadows][:, self.audited]
+        if attack.needs_inside and not (keep.any(0) & ~keep.all(0)).any():
+            must = f"leaves no audited image that some shadows are trained on and some are not; attack={name} needs them, so use same"
+            raise ConfigError("split.shadow_pool", split["shadow_pool"], must)
 
     @property
     def target_index(self) -> int:
@@ -128,138 +161,106 @@ class Experiment:
         mask: NDArray[np.bool_] = self.split.keep[self.target_index]
         return mask
 
-    def model_spec(self, index: int) -> Plain:
-        """Everything that the weights of model `index` depend on."""
-        c = self.config
-        return {
-            "members": self.images.where(self.split.keep[index]).fingerprint,
-            "n_members": int(self.split.keep[index].sum()),
-            "model": _nameless(c["model"]),
-            "diffusion": _nameless(c["diffusion"]),
-            "training": _nameless(c["training"]),
-            "precision": c["trainer"]["precision"],
-            "seed": self.seed,
-            "model_index": index,
-        }
+    @property
+    def shadows(self) -> list[int]:
+        """The rows of the split whose models the attack needs beside the target."""
+        others = [row for row in range(self.split.n_models) if row != self.target_index]
+        if self.attack.min_shadows:
+            return others
+        return others[: self.config["attack"]["rehearsals"]] if self.config["attack"]["select"] == "shadow" else []
 
     @property
-    def train_key(self) -> str:
-        """The target's key in the store, or the hash of the checkpoint that takes its place."""
-        if self.config["checkpoint"] is not None:
-            return f"file-{sha256(runs.existing_file('checkpoint', self.config['checkpoint']))[:16]}"
-        return self.models.key(self.model_spec(self.target_index))
+    def measured(self) -> NDArray[np.bool_]:
+        """The images that the models are measured on, bool [n]: every pool in play, and the public images where they are needed."""
+        mask: NDArray[np.bool_] = np.logical_or.reduce(self.split.pool[[self.target_index, *self.shadows]])
+        return mask | self.split.public if self.attack.min_public else mask
 
-    def attacked(self) -> Plain:
-        """Which weights are attacked."""
-        described: Plain = {"model": self.train_key, "weights": self.weights, "snapshot": self.snapshot}
+    def group(self, name: str, shadow: bool = False) -> Plain:
+        """The config of `model` or `training`, for a shadow with what the adversary gets wrong about it."""
+        return _nameless(self.config[name]) | ((getattr(self.threat_model, f"shadow_{name}") or {}) if shadow else {})
+
+    def model_spec(self, index: int) -> Plain:
+        """Everything that the weights of model `index` depend on."""
+        members, settings = self.images.where(self.split.keep[index]), self.training_spec(index != self.target_index)
+        return described(members) | settings | {"seed": self.seed, "model_index": index}
+
+    def training_spec(self, shadow: bool) -> Plain:
+        """The part of a model's spec that is the same whatever it is trained on."""
+        return {
+            "model": self.group("model", shadow),
+            "diffusion": _nameless(self.config["diffusion"]),
+            "training": self.group("training", shadow),
+            "precision": self.config["trainer"]["precision"],
+        }
+
+    def key(self, index: int) -> str:
+        """The key of model `index` in the store, or the hash of the checkpoint that takes the target's place."""
+        if self.config["checkpoint"] is not None and index == self.target_index:
+            return f"file-{sha256(runs.existing_file('checkpoint', self.config['checkpoint']))[:16]}"
+        return self.stores["models"].key(self.model_spec(index))
+
+    def attacked(self, index: int) -> Plain:
+        """Which weights of model `index` are measured."""
+        described: Plain = {"model": self.key(index), "weights": self.weights, "snapshot": self.snapshot}
         if self.config["checkpoint"] is not None:  # a file says nothing about its schedule and architecture
             described |= {"architecture": _nameless(self.config["model"]), "diffusion": _nameless(self.config["diffusion"])}
         return described
 
+    def signals_spec(self, index: int, candidate: selection.Candidate) -> Plain:
+        """Everything that an attack's signals on model `index` depend on."""
+        spec = {
+            "attacked": self.attacked(index),
+            "signal": candidate.measures,
+            "images": self.images.where(self.measured).fingerprint,
+            "precision": self.evaluation.precision,
+        }
+        if candidate.attack.trains:
+            spec["surrogate"] = self.training_spec(shadow=True) | {"seed": self.surrogate_seed(index)}
+        if candidate.attack.min_public:
+            spec["public"] = self.images.where(self.split.public).fingerprint
+        return spec
+
     def scores_spec(self) -> Plain:
         """Everything that the scores depend on."""
         return {
-            "attacked": self.attacked(),
-            "attack": _nameless(self.config["attack"]),
+            "signals": [self.stores["signals"].key(self.signals_spec(self.target_index, c)) for c in self.candidates],
+            "shadows": [self.attacked(index) for index in self.shadows],
+            "attack": {k: v for k, v in self.config["attack"].items() if k not in ("name", "grid") and (k != "rehearsals" or self.shadows)},
+            "settings": [c.settings for c in self.candidates],
             "audited": self.images.where(self.audited).fingerprint,
             "members": self.images.where(self.keep).fingerprint,
-            "precision": self.evaluation.precision,
+            "fprs": list(self.evaluation.fprs) if self.shadows else None,
         }
+
+    def surrogate_seed(self, index: int) -> int:
+        """Seed of a surrogate of model `index`: the adversary does not know how that one was initialised."""
+        return derive(self.seed, "surrogate", index)
 
     def run_key(self) -> str:
         """Everything that the run folder depends on."""
         view = {k: self.config[k] for k in ("threat_model", "evaluation", "name")}
-        return digest({"scores": self.scores.key(self.scores_spec()), "duplicates": self.duplicates, **view})
+        return digest({"scores": self.stores["scores"].key(self.scores_spec()), "duplicates": self.duplicates, **view})
 
-    def net(self, index: int) -> torch.nn.Module:
-        """A freshly initialised network."""
-        net = initialised(lambda: build("model", self.config["model"]), self.seed, index)
+    def net(self, index: int, seed: int | None = None) -> torch.nn.Module:
+        """A freshly initialised network for model `index`."""
+        config = self.group("model", index != self.target_index)
+        name = self.config["model"].get("name", "?")
+        net = initialised(lambda: build("model", config), self.seed if seed is None else seed, index)
         shape = self.images.pixels.shape[1:]
         try:
             with torch.inference_mode():
                 out = Diffusion(net.eval(), self.alphas_cumprod)(torch.zeros(1, *shape), 0)
         except Exception as e:  # whatever a network says to images that do not fit it
             message = f"cannot take images of shape {'x'.join(map(str, shape))} ({str(e).splitlines()[0]})"
-            raise ConfigError("model", self.config["model"].get("name", "?"), message) from e
+            raise ConfigError("model", name, message) from e
         if out.shape[1:] != shape:
-            raise ConfigError("model", self.config["model"].get("name", "?"), f"returns {tuple(out.shape[1:])} for images of {shape}")
+            raise ConfigError("model", name, f"returns {tuple(out.shape[1:])} for images of {shape}")
         return net.train()
 
     def diffusion(self, net: torch.nn.Module) -> Diffusion:
         """The network with its schedule."""
         c, h, w = self.images.pixels.shape[1:]
         return Diffusion(net, self.alphas_cumprod, self.prediction, (c, h, w))
-
-    def train(self, index: int) -> Path:
-        """The store entry of model `index`, trained if need be."""
-        spec = self.model_spec(index)
-        if (found := self.models.get(spec)) is not None:
-            log.info("model %d: found in %s", index, found)
-            return found
-        net = self.net(index)
-        key = self.models.key(spec)
-        label = f"training model {index} ({index + 1} of {self.split.n_models})"
-
-        def make(folder: Path) -> None:
-            from diffmia_exp import lit  # seconds to import
-
-            name = f"train-{self.config['dataset']['name']}-s{self.seed}-m{index}"
-            pixels = self.images.pixels[self.split.keep[index]]
-            with self.tracking.training(self.output_dir, key, name, spec, folder, ("spec.yaml", "training.json")) as logger:
-                lit.train(folder, self.diffusion(net), pixels, self.recipe, self.trainer, self.seed, index, label, logger)
-
-        return self.models.get_or_make(spec, make)
-
-    @cached_property
-    def target(self) -> tuple[Diffusion, Plain]:
-        """The attacked model, in eval mode on the scoring device, and what is known of its training."""
-        from safetensors.torch import load_file
-
-        if self.config["checkpoint"] is not None:
-            path, facts = runs.existing_file("checkpoint", self.config["checkpoint"]), {}
-        else:
-            entry = self.train(self.target_index)
-            prefix = "" if self.snapshot is None else f"step{self.snapshot:07d}-"
-            path = entry / f"{prefix}{self.weights}.safetensors"
-            facts = json.loads((entry / "training.json").read_text())
-        net = self.net(self.target_index)
-        try:
-            weights = load_file(path)
-        except Exception as e:
-            raise ConfigError("checkpoint", path, f"cannot be read as a safetensors file ({e}); give one") from None
-        try:
-            net.load_state_dict(weights)
-        except RuntimeError as e:
-            name, reason = self.config["model"].get("name", "?"), " ".join(str(e).split())[:160]
-            raise ConfigError("checkpoint", path, f"does not fit model={name} ({reason}..); choose the model it was trained as") from None
-        dtype = getattr(torch, self.evaluation.precision)
-        net = net.eval() if dtype == torch.float32 else net.eval().to(dtype)
-        return self.diffusion(net).to(self.evaluation.torch_device), facts
-
-    def score(self) -> Path:
-        """The store entry of the target's scores, computed if need be."""
-
-        def make(folder: Path) -> None:
-            diffusion, facts = self.target
-            images = self.images.where(self.audited)
-            score, cost = score_images(self.attack, self.threat_model, diffusion, images, self.evaluation, self.config["attack"]["name"])
-            ScoreTable(images.sample_id, self.keep[self.audited], score).save(folder / "scores.parquet")
-            (folder / "cost.json").write_text(json.dumps(cost | {"training": facts}))
-            log.info("%s: %g model evaluations per image, %.1f s", self.config["attack"]["name"], cost["nfe_per_image"], cost["seconds"])
-
-        return self.scores.get_or_make(self.scores_spec(), make)
-
-    def preview(self) -> Pixels:
-        """A few generated images, drawn once per target."""
-        spec = {"attacked": self.attacked(), **PREVIEW}
-
-        def make(folder: Path) -> None:
-            drawn = self.target[0].sample(**PREVIEW)
-            np.savez(folder / "samples.npz", images=((drawn + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
-
-        with np.load(self.samples.get_or_make(spec, make) / "samples.npz", allow_pickle=False) as f:
-            pixels: Pixels = f["images"]
-        return pixels
 
 
 @lru_cache(maxsize=2)  # the cells of a grid share their data
@@ -271,6 +272,11 @@ def _load(key: str) -> tuple[MemberSplit, Images]:
         return split, Images(source.take(split.sample_id), split.sample_id)
     except ConfigError as e:
         raise e.under("dataset") from None
+
+
+def described(members: Images) -> Plain:
+    """A training set, as a model's spec has it."""
+    return {"members": members.fingerprint, "n_members": len(members)}
 
 
 def _nameless(cfg: Mapping[str, Any]) -> Plain:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # Never renumber: the numbers are part of every stored result.
-PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7, "vary": 8}
+PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7, "vary": 8, "public": 9, "surrogate": 10}
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -57,14 +57,14 @@ def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor])
     return c0, c1, c2, c3
 
 
-def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
+def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int | Tensor = 0) -> Tensor:
     """Standard normal noise that is a pure function of (seed, sample id, draw).
 
     Args:
         seed: a 63-bit seed, as `derive` gives it.
         sample_id: int64 [B].
         shape: shape of one image, (C, H, W).
-        draw: which of the image's noises, 0 to 2**32 - 1.
+        draw: which of the image's noises, 0 to 2**32 - 1; one for all, or int64 [B].
 
     Returns:
         float64 [B, *shape].
@@ -72,7 +72,8 @@ def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int = 0
     n = math.prod(shape)
     ids = sample_id.to(torch.int64)[:, None]
     block = torch.arange((n + 3) // 4, device=ids.device)[None, :].expand(len(ids), -1)
-    counter = ((ids & _MASK).expand_as(block), (ids >> 32 & _MASK).expand_as(block), torch.full_like(block, draw), block)
+    draws = torch.as_tensor(draw, device=ids.device).reshape(-1, 1).expand_as(block)
+    counter = ((ids & _MASK).expand_as(block), (ids >> 32 & _MASK).expand_as(block), draws, block)
     u = [(word.to(torch.float64) + 0.5) / 2**32 for word in philox((seed & _MASK, seed >> 32 & _MASK), counter)]
     normals = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):  # Box-Muller

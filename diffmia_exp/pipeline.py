@@ -11,6 +11,7 @@ from diffmia_exp import runs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.experiment import Experiment, NotApplicable
+from diffmia_exp.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +29,16 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
                 raise
             return runs.not_applicable(experiment.output_dir, experiment.name, config, str(e), text)
         experiment.load()
+        workshop = Workshop(experiment)
         if experiment.stage == "train":
-            entry = experiment.train(experiment.target_index)
-            log.info("the target is in %s", entry)
-            return runs.Result({"status": "trained", "name": experiment.name, "train_key": entry.name})
+            workshop.train_all()
+            return runs.Result({"status": "trained", "name": experiment.name})
         folder = runs.folder(experiment.output_dir, experiment.name, experiment.run_key())
         result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())
         if result is None:
             _must_be_stored(experiment)
             with runs.writing(folder, text) as unfinished:
-                result = runs.write(unfinished, folder.name, experiment)
+                result = runs.write(unfinished, folder.name, workshop)
     result.folder = folder
     if experiment.tracking.effective_mode != "disabled" and not (folder / "wandb.json").exists():
         result.tracked = experiment.tracking.attack(experiment.output_dir, folder, config)
@@ -47,9 +48,11 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
 
 def _must_be_stored(experiment: Experiment) -> None:
     """A stage that builds on another one never does that one's work unasked."""
-    if experiment.stage == "attack" and experiment.config["checkpoint"] is None:
-        spec = experiment.model_spec(experiment.target_index)
-        if experiment.models.get(spec) is None:
-            raise ConfigError("stage", "attack", f"needs the target {experiment.models.key(spec)}; run the same with stage=train first")
-    if experiment.stage == "report" and experiment.scores.get(experiment.scores_spec()) is None:
+    if experiment.stage == "attack":
+        models = [*([] if experiment.config["checkpoint"] is not None else [experiment.target_index]), *experiment.shadows]
+        missing = [index for index in models if experiment.stores["models"].get(experiment.model_spec(index)) is None]
+        if missing:
+            which = f"model {missing[0]}" if len(missing) == 1 else f"models {', '.join(map(str, missing))}"
+            raise ConfigError("stage", "attack", f"needs {which} to be trained; run the same with stage=train first")
+    if experiment.stage == "report" and experiment.stores["scores"].get(experiment.scores_spec()) is None:
         raise ConfigError("stage", "report", "needs the scores of this cell; run the same with stage=all first")

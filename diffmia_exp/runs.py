@@ -25,6 +25,7 @@ from diffmia_exp.store import digest, sha256
 
 if TYPE_CHECKING:
     from diffmia_exp.experiment import Experiment
+    from diffmia_exp.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
@@ -141,30 +142,33 @@ def identity(config: Plain) -> Plain:
     }
 
 
-def write(folder: Path, name: str, experiment: Experiment) -> Result:
+def write(folder: Path, name: str, workshop: Workshop) -> Result:
     """Write everything that a run folder holds; metrics.json comes last."""
-    from diffmia_exp import figures, metrics  # seconds to import, and a cached run needs neither
+    from diffmia_exp import figures, metrics, selection  # seconds to import, and a cached run needs none of them
 
-    entry = experiment.score()
+    experiment = workshop.experiment
+    entry = workshop.scores()
     table = ScoreTable.load(entry / "scores.parquet")
-    cost = json.loads((entry / "cost.json").read_text())
-    training = cost.pop("training")
+    facts = json.loads((entry / "facts.json").read_text())
+    training = facts["training"]
     config = experiment.config
     title = f"{config['attack']['name']}, {config['threat_model']['name']}, {config['dataset']['name']}, seed {experiment.seed}"
     shutil.copyfile(entry / "scores.parquet", folder / "scores.parquet")
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     figures.roc(folder / "roc.png", table, title)
     figures.histogram(folder / "scores.png", table, title)
-    figures.samples(folder / "samples.png", experiment.preview(), experiment.images.pixels[experiment.keep])
+    figures.samples(folder / "samples.png", workshop.preview(), experiment.images.pixels[experiment.keep])
     result = Result(
         {"status": "done", "name": name}
         | identity(config)
         | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
-        | cost
+        | facts["cost"]
         | {
             "weights": experiment.weights,
             "snapshot": experiment.snapshot,
-            "train_key": experiment.train_key,
+            "selection": facts["selection"],
+            "transfer": selection.transferred(table.is_member, table.score, facts["selection"].get("thresholds", {})),
+            "train_key": experiment.key(experiment.target_index),
             "run_key": experiment.run_key(),
             "epochs": _epochs(training, experiment),
             "train_seconds": training.get("seconds"),

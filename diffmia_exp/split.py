@@ -34,6 +34,12 @@ class MemberSplit:
     target_index: int = 0
 
     @property
+    def public(self) -> Mask:
+        """Images in no model's pool, bool [n]: known to be members of none."""
+        mask: Mask = np.logical_not(self.pool.any(0))
+        return mask
+
+    @property
     def n_models(self) -> int:
         """Number of rows."""
         return len(self.keep)
@@ -53,6 +59,7 @@ def bernoulli(
     n_models: int = 1,
     target_index: int = 0,
     shadow_pool: str = "same",
+    public: int = 0,
 ) -> MemberSplit:
     """Every image of the pool is a member of a model independently with probability 1/2.
 
@@ -63,12 +70,12 @@ def bernoulli(
         n_models: target and shadows together.
         target_index: which row plays the target.
         shadow_pool: `same` (online: shadows share the audited images) or `disjoint` (auxiliary data of the same size).
+        public: images beside the pools, which the adversary knows to be members of no model.
     """
     whole("n_models", n_models, least=1)
     whole("target_index", target_index, least=0, most=n_models - 1)
-    ids, pools = _pools(sample_id, seed, "pool", pool, n_models, target_index, shadow_pool)
-    coins = np.stack([generator(seed, "split", row).random(len(ids)) < 0.5 for row in range(n_models)])
-    return _checked(MemberSplit(ids, pools, coins & pools, target_index), "pool", pool)
+    ids, pools = _pools(sample_id, seed, "pool", pool, n_models, target_index, shadow_pool, public)
+    return _checked(MemberSplit(ids, pools, _coins(seed, pools), target_index), "pool", pool)
 
 
 def exact(
@@ -79,13 +86,15 @@ def exact(
     n_models: int = 1,
     target_index: int = 0,
     shadow_pool: str = "same",
+    public: int = 0,
 ) -> MemberSplit:
     """Exactly n_members members and n_nonmembers non-members per model. Other arguments as in `bernoulli`."""
     whole("n_members", n_members, least=1)
     whole("n_nonmembers", n_nonmembers, least=1)
     whole("n_models", n_models, least=1)
     whole("target_index", target_index, least=0, most=n_models - 1)
-    ids, pools = _pools(sample_id, seed, "n_members + split.n_nonmembers", n_members + n_nonmembers, n_models, target_index, shadow_pool)
+    size = n_members + n_nonmembers
+    ids, pools = _pools(sample_id, seed, "n_members + split.n_nonmembers", size, n_models, target_index, shadow_pool, public)
     keep = np.zeros_like(pools)
     for row in range(n_models):
         keep[row, generator(seed, "split", row).permutation(np.flatnonzero(pools[row]))[:n_members]] = True
@@ -99,6 +108,7 @@ def from_file(
     n_models: int = 1,
     target_index: int = 0,
     shadow_pool: str = "same",
+    public: int = 0,
 ) -> MemberSplit:
     """The target's members and held-out images from an index file; further rows for shadows are drawn as in `bernoulli`.
 
@@ -115,6 +125,7 @@ def from_file(
     if len(unknown := np.setdiff1d(audited, sample_id)):
         raise ConfigError("path", path, f"lists {len(unknown)} ids that the data set does not have, {unknown[0]} first; leave them out")
     audited = np.sort(audited)
+    whole("public", public, least=0)
     if shadow_pool == "disjoint" and n_models > 1:
         rest = np.setdiff1d(sample_id, audited)
         if len(rest) < len(audited):
@@ -123,28 +134,44 @@ def from_file(
         spare = np.sort(generator(seed, "pool").permutation(rest)[: len(audited)])
     else:
         spare = audited
-    ids = np.union1d(audited, spare)
+    beside = generator(seed, "public").permutation(np.setdiff1d(sample_id, np.union1d(audited, spare)))
+    if len(beside) < public:
+        raise ConfigError("public", public, f"asks for more images than the {len(beside)} that are left beside the pools")
+    ids = np.unique(np.concatenate([audited, spare, beside[:public]]))
     pools = np.stack([np.isin(ids, audited if row == target_index else spare) for row in range(n_models)])
-    keep = np.stack([generator(seed, "split", row).random(len(ids)) < 0.5 for row in range(n_models)]) & pools
+    keep = _coins(seed, pools)
     keep[target_index] = np.isin(ids, members)
     return _checked(MemberSplit(ids, pools, keep, target_index), "path", path)
 
 
-def _pools(sample_id: Ids, seed: int, key: str, size: int | None, n_models: int, target_index: int, shadow_pool: str) -> tuple[Ids, Mask]:
+def _coins(seed: int, pools: Mask) -> Mask:
+    """Each image of each pool with probability 1/2; public images, which no pool holds, take part in no draw and so change none."""
+    drawn = pools.any(0)
+    coins = np.zeros_like(pools)
+    coins[:, drawn] = [generator(seed, "split", row).random(int(drawn.sum())) < 0.5 for row in range(len(pools))]
+    return coins & pools
+
+
+def _pools(
+    sample_id: Ids, seed: int, key: str, size: int | None, n_models: int, target_index: int, shadow_pool: str, public: int
+) -> tuple[Ids, Mask]:
     """Ids in play [n] and each model's pool [n_models, n]."""
     choice("shadow_pool", shadow_pool, SHADOW_POOLS)
+    whole("public", public, least=0)
     parts = 2 if shadow_pool == "disjoint" and n_models > 1 else 1
-    size = len(sample_id) // parts if size is None else whole(key, size, least=2)
+    size = max(len(sample_id) - public, 0) // parts if size is None else whole(key, size, least=2)
     if parts * size > len(sample_id):
         beside = " and as many for the shadows' disjoint pool" if parts == 2 else ""
         raise ConfigError(
             key, size, f"asks for {size} images{beside}; the data set has {len(sample_id)}, so take at most {len(sample_id) // parts}"
         )
+    if parts * size + public > len(sample_id):
+        raise ConfigError("public", public, f"asks for more images than the {len(sample_id) - parts * size} that are left beside the pools")
     order = generator(seed, "pool").permutation(np.sort(sample_id))
-    ids = np.sort(order[: parts * size])
+    ids = np.sort(order[: parts * size + public])
     of_target = np.isin(ids, order[:size])
-    own = [of_target if row == target_index or parts == 1 else ~of_target for row in range(n_models)]
-    return ids, np.stack(own)
+    of_shadows = np.isin(ids, order[(parts - 1) * size : parts * size])
+    return ids, np.stack([of_target if row == target_index else of_shadows for row in range(n_models)])
 
 
 def _checked(split: MemberSplit, key: str, given: object) -> MemberSplit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ BLOCK = 64
 float32, which attacks that take a difference of two predictions magnify; padded, scores do not depend on the batch size."""
 
 
+Sampler = Callable[[int, int, int], Tensor]
+
+
 class QueryBudgetExceeded(UserError):
     """The attack asked for more model evaluations than the threat model grants."""
 
@@ -32,10 +36,12 @@ class SamplesOnly:
     Args:
         diffusion: the target.
         budget: model evaluations granted in all (one evaluation = the net run on one image once); None for no limit.
+        sampler: where generated images come from, given (n, steps, seed): a store that keeps them; None for the target itself.
     """
 
-    def __init__(self, diffusion: Diffusion, budget: int | None = None) -> None:
+    def __init__(self, diffusion: Diffusion, budget: int | None = None, sampler: Sampler | None = None) -> None:
         self._target = diffusion
+        self._sampler = sampler or diffusion.sample
         self.budget = budget if budget is None else whole("budget", budget, least=0)
         self.evaluations = 0
 
@@ -51,14 +57,15 @@ class SamplesOnly:
 
     def sample(self, n: int, steps: int = 50, seed: int = 0) -> Tensor:
         """n generated images, float32 [n, C, H, W] in [-1, 1]. Costs n x steps evaluations."""
-        return self._pay(n * steps).sample(n, steps, seed)
+        self._pay(n * steps)
+        return self._sampler(n, steps, seed)
 
 
 class VariationAPI(SamplesOnly):
     """The adversary may also send an image and receive a variation of it (image-to-image)."""
 
     @torch.no_grad()
-    def vary(self, x: Tensor, sample_id: Tensor, strength: float = 0.2, steps: int = 2, seed: int = 0, draw: int = 0) -> Tensor:
+    def vary(self, x: Tensor, sample_id: Tensor, strength: float = 0.2, steps: int = 2, seed: int = 0, draw: int | Tensor = 0) -> Tensor:
         """Noise x to t = strength * T and denoise it again in `steps` deterministic DDIM steps.
 
         Args:
@@ -66,7 +73,7 @@ class VariationAPI(SamplesOnly):
             sample_id: int64 [B]; the service's noise is a pure function of (seed, sample id, draw).
             strength: how far towards noise, in (0, 1].
             steps: DDIM steps back, 1 to strength * T.
-            seed, draw: which of the image's variations.
+            seed, draw: which of the image's variations; draw is one number for all images, or int64 [B].
 
         Returns:
             [B, C, H, W] in [-1, 1]. Costs B x steps evaluations.
@@ -143,27 +150,34 @@ class ThreatModel:
 
     Args:
         access: one of `samples_only`, `variation_api`, `gray_box`, `white_box`.
-        query_budget: model evaluations per audited image; None for no limit.
+        query_budget: model evaluations per measured image; None for no limit.
+        shadow_model: settings of `model` that the adversary gets wrong: its shadows and surrogates are built with these instead.
+        shadow_training: the same for `training`.
     """
 
     access: str
     query_budget: int | None = None
+    shadow_model: dict[str, Any] | None = None
+    shadow_training: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         choice("access", self.access, LEVELS)
         if self.query_budget is not None:
             whole("query_budget", self.query_budget, least=1)
+        for key in ("shadow_model", "shadow_training"):
+            if not isinstance(getattr(self, key), dict | None):
+                raise ConfigError(key, getattr(self, key), "must be settings, as {steps: 300}, or null")
 
     def grants(self, needed: type[SamplesOnly]) -> bool:
         """Whether an attack that needs this access may run."""
         return issubclass(LEVELS[self.access], needed)
 
-    def grant(self, diffusion: Diffusion, needed: type[SamplesOnly], images: int) -> SamplesOnly:
+    def grant(self, diffusion: Diffusion, needed: type[SamplesOnly], images: int, sampler: Sampler | None = None) -> SamplesOnly:
         """The least access the attack needs to the target, with the budget for so many images."""
         if not self.grants(needed):
             raise ConfigError("access", self.access, f"must be {enough(needed)} for this attack")
         budget = None if self.query_budget is None else self.query_budget * images
-        return needed(diffusion, budget)
+        return needed(diffusion, budget, sampler)
 
 
 def enough(needed: type[SamplesOnly]) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmia_exp.attacks.base import Attack
+from diffmia_exp.attacks.base import ResidualAttack
 from diffmia_exp.errors import whole
 from diffmia_exp.noise import derive, gaussian
 from diffmia_exp.threat_models import GrayBox
 
 
-class Loss(Attack):
+class Loss(ResidualAttack):
     """The training loss at one timestep (Ho et al. 2020, equation 14 at one t): members are denoised better.
 
     score = -mean over noises of ||eps - eps_t(x_t)||_2^2, x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps
@@ -37,10 +37,9 @@ class Loss(Attack):
         whole("t", self.t, most=T - 1)
         return self.n_noises
 
-    def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
-        error = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    def residuals(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
+        maps = []
         for draw in range(self.n_noises):
             eps = gaussian(derive(self.seed, "score"), sample_id, tuple(x.shape[1:]), draw)
-            x_t = access.schedule.q_sample(x, self.t, eps)
-            error += (eps - access.eps(x_t, self.t)).square().flatten(1).sum(1)
-        return -error / self.n_noises
+            maps.append(eps - access.eps(access.schedule.q_sample(x, self.t, eps), self.t))
+        return torch.stack(maps, 1)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffmia_exp.attacks.base import Attack
+from diffmia_exp.attacks.base import ResidualAttack
 from diffmia_exp.errors import number, whole
 from diffmia_exp.threat_models import GrayBox
 
 
-class PIA(Attack):
+class PIA(ResidualAttack):
     """The model's own prediction at t = 0 serves as the noise; members bring it back (the paper's R_{t,p}).
 
     score = -||eps_0 - eps_t(sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps_0)||_p^p,  eps_0 = eps_0(x_0)
@@ -37,7 +37,7 @@ class PIA(Attack):
         """What stands in for the noise, given the prediction eps_0(x_0)."""
         return eps_0
 
-    def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
+    def residuals(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
         eps_0 = self.noise(access.eps(x, 0))
         x_t = access.schedule.q_sample(x, self.t, eps_0)
-        return -(eps_0 - access.eps(x_t, self.t)).abs().pow(self.p).flatten(1).sum(1)
+        return (eps_0 - access.eps(x_t, self.t))[:, None]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffmia_exp.attacks.base import Attack
+from diffmia_exp.attacks.base import ResidualAttack
 from diffmia_exp.errors import ConfigError, whole
 from diffmia_exp.threat_models import GrayBox
 
 
-class SecMI(Attack):
+class SecMI(ResidualAttack):
     """SecMI-stat: the t-error, how far one deterministic step up and one back end from where they began (the paper's t-error).
 
     x~_s, s = t - stride, is reached from x_0 (taken as the state at index 0) by DDIM inversion in strides;
@@ -40,7 +40,7 @@ class SecMI(Attack):
         whole("t", self.t, most=T - 1)
         return self.t // self.stride + 1
 
-    def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
+    def residuals(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
         schedule, t, s = access.schedule, self.t, self.t - self.stride
         for now in range(0, s, self.stride):
             x = schedule.ddim(x, now, now + self.stride, access.eps(x, now))
@@ -48,5 +48,4 @@ class SecMI(Attack):
         x_t = schedule.ddim(x, s, t, eps_up)
         eps_down = access.eps(x_t, t)
         (a_s, s_s), (a_t, s_t) = schedule.coefficients(s, x), schedule.coefficients(t, x)
-        gap = (s_s - a_s * s_t / a_t) * (eps_down - eps_up)
-        return -gap.square().flatten(1).sum(1)
+        return ((s_s - a_s * s_t / a_t) * (eps_down - eps_up))[:, None]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffmia_exp.attacks.base import Attack
+from diffmia_exp.attacks.base import ResidualAttack
 from diffmia_exp.errors import number, whole
 from diffmia_exp.threat_models import GrayBox
 
 
-class SimA(Attack):
+class SimA(ResidualAttack):
     """The norm of the prediction on the clean image: it points towards nearby training images, and is small on them.
 
     score = -||eps_t(x_0)||_p^p, x_0 neither noised nor scaled
@@ -32,5 +32,5 @@ class SimA(Attack):
         whole("t", self.t, most=T - 1)
         return 1
 
-    def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
-        return -access.eps(x, self.t).abs().pow(self.p).flatten(1).sum(1)
+    def residuals(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
+        return access.eps(x, self.t)[:, None]

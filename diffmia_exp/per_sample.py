@@ -1,0 +1,227 @@
+"""Norms of the gradients of single samples with respect to every parameter tensor, for a whole batch in one pass.
+
+A layer's weight gradient is a sum of outer products of its inputs a and of the gradients g at its outputs, over positions (pixels
+or tokens): dL/dW = sum_p g_p a_p^T. One forward and one backward pass of the batch give a and g of all samples; the products are
+then taken for each sample apart (Goodfellow, "Efficient Per-Example Gradient Computations", 2015, arXiv 1510.01799; Rochette,
+Manoel, Tramel, "Efficient Per-Example Gradient Computations in Convolutional Neural Networks", 2019, arXiv 1912.06015). Timesteps
+of one image whose gradients are to be summed are further positions of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+
+from diffmia_exp.threat_models import BLOCK
+
+Loss = Callable[..., Tensor]
+SLICE = 1 << 18
+"""Entries of per-sample weight gradients that exist at a time: they are squared and summed while still in the processor's cache."""
+FALLBACK_CHUNK = 8
+"""Samples whose weight gradients exist at a time where layers cannot be taken apart."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one pass gives, all float64.
+
+    Args:
+        loss: [rows].
+        norms: [rows / together, parameter tensors], in the order of `net.named_parameters()`.
+        of_input: [rows, ..], the gradient of each row's own loss with respect to its first input; None unless asked for.
+    """
+
+    loss: Tensor
+    norms: Tensor
+    of_input: Tensor | None = None
+
+
+class _Unsupported(Exception):
+    """The net cannot be taken apart into layers that are known here."""
+
+
+def gradients(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], together: int = 1, of_input: bool = False) -> Gradients:
+    """L2 norms of per-sample gradients of the mean loss over `together` consecutive rows, for each parameter tensor of `net`.
+
+    Conv2d (without groups), Linear, GroupNorm and LayerNorm layers that are used once are taken apart; a net that has parameters
+    elsewhere goes through `torch.func.vmap` as a whole: slower, the same result. The first axis of every layer's input must be the
+    rows, and no layer may mix them (eval mode).
+
+    Args:
+        net: the network; its parameters are left as they are, `requires_grad` included.
+        loss: maps the inputs (a chunk of their rows) to one loss per row, by way of `net`.
+        inputs: tensors [rows, ..]; rows n * together to (n + 1) * together - 1 are sample n.
+        together: rows per sample.
+        of_input: whether the gradient with respect to `inputs[0]` is wanted too.
+
+    The net is run on chunks of one fixed size, short ones padded with copies of their first row, so that results do not depend on
+    the batch (see `threat_models.BLOCK`) and memory does not grow with it.
+    """
+    rows, size = len(inputs[0]), math.lcm(BLOCK, together)
+    losses, norms, at_input = [], [], []
+    with _tracking(net):
+        for start in range(0, rows, size):
+            chunk = [v[start : start + size] for v in inputs]
+            n = len(chunk[0])
+            chunk = [torch.cat([v, v[:1].expand(size - n, *v.shape[1:])]).detach() for v in chunk]
+            try:
+                loss_n, norms_n, at_input_n = _by_layer(net, loss, chunk, together, of_input)
+            except _Unsupported:
+                loss_n, norms_n, at_input_n = _as_a_whole(net, loss, chunk, together, of_input)
+            losses.append(loss_n[:n].detach().double())
+            norms.append(norms_n[: n // together].double())
+            if at_input_n is not None:
+                at_input.append(at_input_n[:n].double())
+    return Gradients(torch.cat(losses), torch.cat(norms), torch.cat(at_input) if of_input else None)
+
+
+@contextmanager
+def _tracking(net: nn.Module) -> Iterator[None]:
+    """Parameters are part of the graph, which then reaches every layer; their own gradients are asked of no one."""
+    before = [(p, p.requires_grad) for p in net.parameters()]
+    try:
+        with torch.enable_grad():
+            for p, _ in before:
+                p.requires_grad_(p.is_floating_point())
+            yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+def _by_layer(net: nn.Module, loss: Loss, inputs: list[Tensor], together: int, of_input: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss [rows], norms [samples, P], gradient at the first input) by hooks on the layers."""
+    layers = {module: name for name, module in net.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    names = [name for name, _ in net.named_parameters()]
+    if any(not _known(module) for module in layers) or len(names) != sum(len(list(m.parameters(recurse=False))) for m in layers):
+        raise _Unsupported
+    seen: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if module in seen or len(args) != 1 or len(args[0]) != len(inputs[0]):
+            raise _Unsupported
+        seen[module] = args[0].detach(), get_gradient_edge(output)
+
+    hooks = [module.register_forward_hook(record) for module in layers]
+    try:
+        x = inputs[0].requires_grad_(of_input)
+        losses = loss(x, *inputs[1:])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unseen = [p for module in layers if module not in seen for p in module.parameters(recurse=False)]
+    wanted: list[Any] = [edge for _, edge in seen.values()] + [x] * of_input + unseen
+    got = list(torch.autograd.grad(losses.sum() / together, wanted, allow_unused=True))
+    if any(g is not None for g in got[len(got) - len(unseen) :]):
+        raise _Unsupported  # a layer's weight is used without the layer being called
+    samples = len(losses) // together
+    norms = {name: losses.new_zeros(samples) for name in names}
+    with torch.no_grad():
+        for (module, (a, _)), g in zip(seen.items(), got, strict=False):
+            if g is not None:
+                prefix = f"{layers[module]}." if layers[module] else ""
+                weight, bias = _norms(module, a, g, samples)
+                norms |= {prefix + name: v for name, v in (("weight", weight), ("bias", bias)) if prefix + name in norms}
+    at_x = got[len(seen)] * together if of_input else None
+    return losses, torch.stack([norms[name].double() for name in names], 1), at_x
+
+
+def _known(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) in (nn.Linear, nn.GroupNorm, nn.LayerNorm)
+
+
+def _norms(module: nn.Module, a: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Norms [samples] of a layer's weight and bias gradients, from its input and the gradient at its output."""
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    a, g = a.to(dtype), g.to(dtype)
+    if isinstance(module, nn.Conv2d):
+        g = g.permute(0, 2, 3, 1)  # channels last: then the patches of neighbouring pixels are runs of memory
+        patches = _patches(module, a, *g.shape[1:3])
+        g = g.reshape(samples, -1, g.shape[-1])
+        return _norm_of_products(patches, g), g.sum(1).norm(dim=1)
+    if isinstance(module, nn.GroupNorm):
+        a = F.group_norm(a, module.num_groups, eps=module.eps)
+        return _norm((a * g).flatten(2).sum(2), samples), _norm(g.flatten(2).sum(2), samples)
+    if isinstance(module, nn.LayerNorm):
+        a = F.layer_norm(a, module.normalized_shape, eps=module.eps)
+        shape = (samples, -1, math.prod(module.normalized_shape))
+        return (a * g).reshape(shape).sum(1).norm(dim=1), g.reshape(shape).sum(1).norm(dim=1)
+    a, g = a.reshape(samples, -1, a.shape[-1]), g.reshape(samples, -1, g.shape[-1])
+    return _norm_of_products(a, g), g.sum(1).norm(dim=1)
+
+
+def _norm(per_row: Tensor, samples: int) -> Tensor:
+    return per_row.reshape(samples, -1, per_row.shape[-1]).sum(1).norm(dim=1)
+
+
+def _patches(conv: nn.Conv2d, a: Tensor, height: int, width: int) -> Tensor:
+    """A view [rows, H', W', kernel height, kernel width, C] of the padded input, that takes no memory of its own."""
+    (dy, dx), (sy, sx), (kh, kw) = conv.dilation, conv.stride, conv.kernel_size
+    assert not isinstance(conv.padding, str)  # see `_known`
+    top, left = conv.padding
+    padded = F.pad(a.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+    n, y, x, c = padded.stride()
+    return padded.as_strided((len(a), height, width, kh, kw, a.shape[1]), (n, y * sy, x * sx, y * dy, x * dx, c))
+
+
+def _norm_of_products(a: Tensor, g: Tensor) -> Tensor:
+    """||sum_p g_p a_p^T||_F [N] of g [N, P, O] and of a, which is [N, P, I] once reshaped.
+
+    Where positions are few, by sum_pq (g_p . g_q) (a_p . a_q), which forms no weight gradient.
+    """
+    samples, positions, outputs = g.shape
+    rows = len(a) // samples
+    inputs = a.numel() // (samples * positions)
+    if positions == 1:
+        return a.reshape(samples, -1).norm(dim=1) * g[:, 0].norm(dim=1)
+    step = max(1, SLICE // (inputs * max(outputs, positions)))
+    cheap = positions * (outputs + inputs) < outputs * inputs // 2
+    norms = []
+    for a_n, g_n in zip(a.split(step * rows), g.split(step), strict=True):
+        a_n = a_n.reshape(len(g_n), positions, inputs)
+        if cheap:
+            products = torch.bmm(g_n, g_n.transpose(1, 2)) * torch.bmm(a_n, a_n.transpose(1, 2))
+            norms.append(products.flatten(1).sum(1).clamp(min=0).sqrt())
+        else:
+            norms.append(torch.bmm(g_n.transpose(1, 2), a_n).flatten(1).norm(dim=1))
+    return torch.cat(norms)
+
+
+class _Losses(nn.Module):
+    """The loss as a module that holds the net, so that `functional_call` can replace the net's parameters."""
+
+    def __init__(self, net: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """As `loss`."""
+        return self.loss(*inputs)
+
+
+def _as_a_whole(net: nn.Module, loss: Loss, inputs: list[Tensor], together: int, of_input: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same by `torch.func`: weight gradients of FALLBACK_CHUNK samples at a time."""
+    module = _Losses(net, loss)
+    parameters = {f"net.{name}": p.detach() for name, p in net.named_parameters()}
+
+    def total(parameters: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        losses = torch.func.functional_call(module, parameters, inputs)
+        return losses.sum() / together, losses
+
+    def measure(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (of_parameters, at_x), losses = torch.func.grad(total, argnums=(0, 1), has_aux=True)(parameters, *inputs)
+        return losses, torch.stack([g.flatten().norm() for g in of_parameters.values()]), at_x * together
+
+    samples = [v.detach().reshape(-1, together, *v.shape[1:]) for v in inputs]
+    losses, norms, at_x = torch.func.vmap(measure, chunk_size=FALLBACK_CHUNK)(*samples)
+    return losses.flatten(), norms, at_x.flatten(0, 1) if of_input else None

@@ -1,0 +1,206 @@
+"""Where a cell's models, samples, signals and scores are made, each through the store: once, and found ever after."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffmia_exp import runs, selection
+from diffmia_exp.config import Plain
+from diffmia_exp.data import Images, Pixels
+from diffmia_exp.diffusion import Diffusion
+from diffmia_exp.errors import ConfigError
+from diffmia_exp.evaluation import measure
+from diffmia_exp.experiment import Experiment, described
+from diffmia_exp.recipe import Recipe
+from diffmia_exp.scores import ScoreTable
+from diffmia_exp.selection import Candidate
+from diffmia_exp.signals import Signals
+
+log = logging.getLogger(__name__)
+
+PREVIEW = {"n": 64, "steps": 50, "seed": 0}
+
+
+class Workshop:
+    """Makes what an experiment needs. At most one model is in memory at a time."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self._loaded: tuple[int, Diffusion, Plain] | None = None
+
+    def train(self, index: int, position: str = "") -> Path:
+        """The store entry of model `index`, trained if need be; `position` says which of how many it is."""
+        e = self.experiment
+        spec, role = e.model_spec(index), "target" if index == e.target_index else "shadow"
+        if (found := e.stores["models"].get(spec)) is not None:
+            return found
+        net, label = e.net(index), f"training {role} model {index}{position}"
+        recipe = e.recipe if index == e.target_index else e.shadow_recipe
+        pixels = e.images.pixels[e.split.keep[index]]
+        return self._trained(spec, net, pixels, recipe, e.seed, index, f"m{index}", label)
+
+    def _trained(
+        self, spec: Plain, net: torch.nn.Module, pixels: Pixels, recipe: Recipe, seed: int, index: int, name: str, label: str
+    ) -> Path:
+        e = self.experiment
+        key = e.stores["models"].key(spec)
+
+        def make(folder: Path) -> None:
+            from diffmia_exp import lit  # seconds to import
+
+            called = f"train-{e.config['dataset']['name']}-s{e.seed}-{name}"
+            with e.tracking.training(e.output_dir, key, called, spec, folder, ("spec.yaml", "training.json")) as logger:
+                lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, seed, index, label, logger)
+
+        return e.stores["models"].get_or_make(spec, make)
+
+    def train_all(self) -> None:
+        """Target and shadows, or the one model that was asked for."""
+        e = self.experiment
+        one = e.config["model_index"]
+        wanted = [one] if one is not None else [e.target_index, *e.shadows]
+        for n, index in enumerate(wanted):
+            log.info("model %d (%d of %d) is in %s", index, n + 1, len(wanted), self.train(index, f" ({n + 1} of {len(wanted)})"))
+
+    def model(self, index: int) -> tuple[Diffusion, Plain]:
+        """Model `index` with the attacked weights, in eval mode on the scoring device, and what is known of its training."""
+        if self._loaded is not None and self._loaded[0] == index:
+            return self._loaded[1:]
+        self._loaded = None  # before the next one takes its place
+        e = self.experiment
+        if e.config["checkpoint"] is not None and index == e.target_index:
+            path, facts = runs.existing_file("checkpoint", e.config["checkpoint"]), {}
+        else:
+            entry = self.train(index)
+            prefix = "" if e.snapshot is None else f"step{e.snapshot:07d}-"
+            path = entry / f"{prefix}{e.weights}.safetensors"
+            facts = json.loads((entry / "training.json").read_text())
+        diffusion = self._read(path, e.net(index))
+        self._loaded = index, diffusion, facts
+        return diffusion, facts
+
+    def _read(self, path: Path, net: torch.nn.Module) -> Diffusion:
+        from safetensors.torch import load_file
+
+        e = self.experiment
+        try:
+            weights = load_file(path)
+        except Exception as error:
+            raise ConfigError("checkpoint", path, f"cannot be read as a safetensors file ({error}); give one") from None
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            name, reason = e.config["model"].get("name", "?"), " ".join(str(error).split())[:160]
+            raise ConfigError("checkpoint", path, f"does not fit model={name} ({reason}..); choose the model it was trained as") from None
+        dtype = getattr(torch, e.evaluation.precision)
+        net = net.eval() if dtype == torch.float32 else net.eval().to(dtype)
+        return e.diffusion(net).to(e.evaluation.torch_device)
+
+    def samples(self, index: int, n: int, steps: int, seed: int) -> Pixels:
+        """n generated images of model `index`, uint8 [n, C, H, W], drawn once."""
+        spec = {"attacked": self.experiment.attacked(index), "n": n, "steps": steps, "seed": seed}
+
+        def make(folder: Path) -> None:
+            drawn = self.model(index)[0].sample(n, steps, seed)
+            np.savez(folder / "samples.npz", images=((drawn + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
+
+        with np.load(self.experiment.stores["samples"].get_or_make(spec, make) / "samples.npz", allow_pickle=False) as f:
+            pixels: Pixels = f["images"]
+        return pixels
+
+    def preview(self) -> Pixels:
+        """A few generated images of the target."""
+        return self.samples(self.experiment.target_index, **PREVIEW)
+
+    def _sampler(self, index: int) -> Callable[[int, int, int], torch.Tensor]:
+        def sample(n: int, steps: int, seed: int) -> torch.Tensor:
+            drawn = torch.from_numpy(self.samples(index, n, steps, seed)).to(self.experiment.evaluation.torch_device)
+            return drawn.float() / 127.5 - 1
+
+        return sample
+
+    def measured(self, index: int, candidate: Candidate, position: str = "") -> Path:
+        """The store entry of a candidate's signals on model `index`."""
+        e = self.experiment
+
+        def make(folder: Path) -> None:
+            diffusion = self.model(index)[0]
+            images = e.images.where(e.measured)
+            access = e.threat_model.grant(diffusion, candidate.attack.access, len(images), self._sampler(index))
+            label = f"measuring {e.config['attack']['name']}{position}"
+            out, cost = measure(candidate.attack, access, Home(self, index), images, e.evaluation, diffusion.device, label)
+            np.save(folder / "signals.npy", out, allow_pickle=False)
+            (folder / "cost.json").write_text(json.dumps(cost))
+
+        return e.stores["signals"].get_or_make(e.signals_spec(index, candidate), make)
+
+    def signals(self, candidate: Candidate) -> Signals:
+        """A candidate's signals on the target and on all shadows that its attack needs."""
+        e = self.experiment
+        rows = [e.target_index, *e.shadows]
+        read = [np.load(self.measured(row, candidate, _of(n, rows)) / "signals.npy", allow_pickle=False) for n, row in enumerate(rows)]
+        at, shadows = e.measured, read[1:] or [np.empty((0, *read[0].shape))]
+        keep, pool = e.split.keep[e.shadows][:, at], e.split.pool[e.shadows][:, at]
+        return Signals(e.images.sample_id[at], read[0], np.concatenate(shadows).reshape(-1, *read[0].shape), keep, pool, e.split.public[at])
+
+    def scores(self) -> Path:
+        """The store entry of the target's scores, and how settings and thresholds were chosen."""
+        e = self.experiment
+
+        def make(folder: Path) -> None:
+            rehearsals = e.config["attack"]["rehearsals"]
+            chosen, rehearsal, tried = e.candidates[0], None, None
+            for index in (e.target_index, *e.shadows):  # model by model: the one in memory is measured with all candidates
+                for candidate in e.candidates:
+                    self.measured(index, candidate)
+            if len(e.candidates) > 1:
+                chosen, rehearsal, tried = selection.choose(e.candidates, self.signals, rehearsals)
+            signals = self.signals(chosen)
+            if rehearsal is None and len(e.shadows) > chosen.attack.min_shadows:
+                rehearsal = selection.rehearse(chosen.attack, signals, rehearsals)
+            score = chosen.attack.judge(signals)[e.audited[e.measured]]
+            ScoreTable(e.images.sample_id[e.audited], e.keep[e.audited], score).save(folder / "scores.parquet")
+            facts: Plain = {"select": e.config["attack"]["select"], "settings": chosen.settings, "tried": tried}
+            if rehearsal is not None:
+                facts |= {"shadow_auc": rehearsal.auc, "rehearsals": min(rehearsals, len(e.shadows))}
+                facts["thresholds"] = selection.thresholds(rehearsal, e.evaluation.fprs)
+            cost = json.loads((self.measured(e.target_index, chosen) / "cost.json").read_text())
+            cost["shadow_trainings"] = len(e.shadows)
+            training = {} if e.config["checkpoint"] is not None else json.loads((self.train(e.target_index) / "training.json").read_text())
+            (folder / "facts.json").write_text(json.dumps({"cost": cost, "training": training, "selection": facts}))
+            log.info("%s: %g model evaluations per image, %.1f s", e.config["attack"]["name"], cost["nfe_per_image"], cost["seconds"])
+
+        return e.stores["scores"].get_or_make(e.scores_spec(), make)
+
+
+class Home:
+    """What an attack has beside its access (`attacks.base.Lab`) while it measures model `index`."""
+
+    def __init__(self, workshop: Workshop, index: int) -> None:
+        self._workshop, self._index = workshop, index
+
+    @property
+    def public(self) -> Images:
+        """Images that are in no model's pool."""
+        e = self._workshop.experiment
+        return e.images.where(e.split.public)
+
+    def train(self, pixels: Pixels) -> Diffusion:
+        """A model of the adversary's own, trained by the recipe it believes in."""
+        e = self._workshop.experiment
+        seed = e.surrogate_seed(self._index)
+        spec = described(Images(pixels, np.arange(len(pixels)))) | e.training_spec(shadow=True) | {"seed": seed}
+        net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
+        label = f"training a surrogate of model {self._index}"
+        entry = self._workshop._trained(spec, net, pixels, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label)
+        return self._workshop._read(entry / f"{e.weights}.safetensors", net)
+
+
+def _of(n: int, rows: list[int]) -> str:
+    return f" (model {n + 1} of {len(rows)})" if len(rows) > 1 else ""
