@@ -128,6 +128,10 @@ class Experiment:
         elif self.stage != "train" or self.shadows:
             self._check_shadows()
         self._check_query_budget(int(self.measured.sum()))
+        try:
+            self.attack.check(self.images.pixels.shape[1:])
+        except ConfigError as e:
+            raise e.under("attack") from None
         if self.shadows and self.group("model") != self.group("model", shadow=True):
             self.net(self.shadows[0])
         counts = self.keep.sum(), (self.audited & ~self.keep).sum()

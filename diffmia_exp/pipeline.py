@@ -32,7 +32,7 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
         workshop = Workshop(experiment)
         if experiment.stage == "train":
             workshop.train_all()
-            return runs.Result({"status": "trained", "name": experiment.name})
+            return runs.Result({"status": "trained", "name": experiment.name, "train_key": experiment.key(experiment.target_index)})
         folder = runs.folder(experiment.output_dir, experiment.name, experiment.run_key())
         result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())
         if result is None:

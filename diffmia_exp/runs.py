@@ -135,8 +135,12 @@ def not_applicable(output_dir: Path, name: str, config: Plain, reason: str, text
 
 
 def identity(config: Plain) -> Plain:
-    """What a run is called by."""
-    return {"attack": config["attack"]["name"], "threat_model": config["threat_model"]["name"]} | {
+    """What a run is called by; `label` names an attack with its host, its plug-in and how its settings were chosen."""
+    attack = config["attack"]
+    host, plugin = attack.get("host") or {}, attack.get("plugin") or {}
+    label = attack["name"] + (f"({host['name']})" if host else "") + (f"+{plugin['name']}" if plugin else "")
+    label += " selected" if attack["select"] == "shadow" else ""
+    return {"label": label, "attack": config["attack"]["name"], "threat_model": config["threat_model"]["name"]} | {
         "dataset": config["dataset"]["name"],
         "seed": config["seed"],
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffmia_exp.attacks.base import Attack
 from diffmia_exp.config import Plain, build
 from diffmia_exp.errors import ConfigError, choice, whole
 from diffmia_exp.signals import Signals
+from diffmia_exp.store import sha256
 
 ABOUT = ("name", "select", "rehearsals", "grid")
 """Keys of an attack's config that are not arguments of its constructor."""
@@ -76,7 +78,11 @@ def _built(config: Plain, group: str) -> tuple[Attack, Plain]:
 def _measures(attack: Attack, arguments: Plain, host: Plain) -> Plain:
     if getattr(attack, "relays", False):
         return host
-    return {k: v for k, v in arguments.items() if k not in attack.judging} | ({"host": host} if host else {})
+    spec = {k: v for k, v in arguments.items() if k not in attack.judging} | ({"host": host} if host else {})
+    features = arguments.get("features")
+    if isinstance(features, dict) and features.get("weights"):  # what the file holds, not what it is called
+        spec["features"] = features | {"weights": sha256(Path(features["weights"]).expanduser())}
+    return spec
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,14 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
     "misspelt option": ("--multrun seed=1,2", [("--multrun", "did you mean --multirun")]),
     "unknown key": ("attack.tt=3", [("attack.tt", "did you mean attack.t")]),
     "unknown key at the top": ("sed=3", [("sed", "did you mean seed?")]),
-    "key without its group": ("steps=10", [("steps", "did you mean training.steps?")]),
-    "key of another choice": ("attack.stride=5", [("attack.stride", "choose attack=secmi or attack=trajectory to have it")]),
+    "key without its group": ("steps=10", [("steps", "did you mean training.steps or attack.steps?")]),
+    "key of another choice": (
+        "attack.stride=5",
+        [("attack.stride", "or attack=secmi or attack=secmi_nns or attack=trajectory to have it")],
+    ),
     "file in the wrong package": ("+experiment.seed=1", [("experiment=", "must begin with the line # @package _global_")]),
     "appended key": ("+foo=1", [("foo=1", "no such key")]),
-    "unknown attack": ("attack=secmii", [("attack=secmii", "did you mean secmi?")]),
+    "unknown attack": ("attack=secmii", [("attack=secmii", "did you mean secmi or secmi_nns?")]),
     "unknown data set": ("dataset=cifar", [("dataset=cifar", "did you mean cifar10?")]),
     "unknown experiment": ("experiment=grid", [("experiment=grid", "gray_box_grid")]),
     "unknown name in a grid": ("-m attack=pia,sim", [("attack=sim", "did you mean sima?")]),
@@ -126,6 +129,70 @@ BEFORE_TRAINING: Mistakes = {
             ("model=diffusers.UNet2DModel", "refuses these settings"),
             ("checkpoint={files}/other.safetensors", "does not fit model=tiny"),
             ("model=diffusers.UNet2DModel", "refuses these settings"),
+        ],
+    ),
+    "shadows": (
+        f"-m {ARRAYS} split.pool=8 split.shadow_pool=disjoint split.n_models=1,2,4 attack=lira",
+        [
+            ("split.n_models=1", "must be at least 3: attack=lira needs 2 shadows beside the target; there are 0"),
+            ("split.n_models=2", "there are 1"),
+            ("split.shadow_pool=disjoint", "attack=lira needs them, so use same"),
+        ],
+    ),
+    "shadows to choose settings on": (
+        f"{ARRAYS} split.pool=16 attack.select=shadow",
+        [("split.n_models=1", "attack=pia with attack.select=shadow needs 1 shadows beside the target")],
+    ),
+    "public images": (
+        f"-m {ARRAYS} split.pool=8 attack=quantile split.public=0,9",
+        [
+            ("split.public=0", "must be at least 128, the public images that attack=quantile needs"),
+            ("split.public=9", "asks for more images than the 8 that are left beside the pools"),
+        ],
+    ),
+    "plug-ins": (
+        "-m attack=lira attack/plugin=fremia,complexity",
+        [
+            ("attack.plugin.host=LiRA", "has no error map that could be filtered"),
+            ("attack.plugin.host=LiRA", "wrap an attack on a single model"),
+        ],
+    ),
+    "plug-in without an error map": (
+        "attack=trajectory attack/plugin=fremia",
+        [("attack.plugin.host=Trajectory", "has no error map that could be filtered; wrap loss")],
+    ),
+    "host that is judged itself": ("attack=lira attack@attack.host=gsa1", [("attack.host=GSA1", "must be an attack on a single model")]),
+    "feature extractors": (
+        "-m attack=knn threat_model=samples_only attack.features._target_=diffmia_exp.features.Network "
+        "+attack.features.net={{_target_:torch.nn.Linear,in_features:9,out_features:2}} "
+        "+attack.features.weights={files}/no.safetensors,{files}/file.txt,null",
+        [
+            ("attack.features.weights={files}/no.safetensors", "no such file"),
+            ("attack.features.weights={files}/file.txt", "safetensors"),
+            ("attack.features.net=Linear", "1x8x8"),
+        ],
+    ),
+    "budget below the samples": (
+        f"{ARRAYS} split.pool=16 attack=knn threat_model=samples_only threat_model.query_budget=100",
+        [("threat_model.query_budget=100", "must be at least 6400")],
+    ),
+    "choices on shadows": (
+        "-m attack.select=best,shadow attack.rehearsals=0",
+        [("attack.select=best", "must be one of published, shadow"), ("attack.rehearsals=0", "of at least 1")],
+    ),
+    "a grid of settings": (
+        "attack.select=shadow attack.grid.t=[50,5000] split.n_models=2",
+        [("attack.t=5000", "must be a whole number of at most 999")],
+    ),
+    "what the adversary gets wrong": (
+        "-m threat_model.shadow_training=3,{{steps:0}}",
+        [("threat_model.shadow_training=3", "must be settings"), ("threat_model.shadow_training.steps=0", "of at least 1")],
+    ),
+    "model index": (
+        "-m model_index=1 stage=all,train",
+        [
+            ("model_index=1", "must be null unless stage=train"),
+            ("model_index=1", "must be a whole number, here 0"),
         ],
     ),
     "stage before its time": (

@@ -194,7 +194,18 @@ def test_id_and_draw_are_not_interchangeable() -> None:
 
 
 def test_purposes_keep_their_numbers() -> None:
-    assert PURPOSES == {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7, "vary": 8}
+    assert PURPOSES == {
+        "pool": 1,
+        "split": 2,
+        "init": 3,
+        "order": 4,
+        "step": 5,
+        "score": 6,
+        "sample": 7,
+        "vary": 8,
+        "public": 9,
+        "surrogate": 10,
+    }
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**32 - 1, 2**40 + 3])

@@ -50,7 +50,7 @@ def test_the_attack_can_be_read_back(tracked: tuple[Path, Any]) -> None:
     assert run_record["tags"] == ["t1"]
     assert run_record["display_name"] == result["name"]
     config = run_record["config"]["update"]
-    assert config["attack"] == {"name": "pia", "t": 200, "p": 4}
+    assert {k: config["attack"][k] for k in ("name", "t", "p", "select")} == {"name": "pia", "t": 200, "p": 4, "select": "published"}
     assert config["train_key"] == result["train_key"]
     text = json.dumps(found)
     assert "_target_" not in text

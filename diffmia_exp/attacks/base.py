@@ -65,6 +65,13 @@ class Attack(ABC):
         """Model evaluations spent once per model, in `prepare`: generated images."""
         return 0
 
+    def check(self, image_shape: tuple[int, ...]) -> None:  # noqa: B027
+        """Called before anything is trained: refuse images (C, H, W) that the attack cannot take.
+
+        Raises:
+            ConfigError: naming the argument.
+        """
+
     def prepare(self, access: Any, lab: Lab) -> None:  # noqa: B027
         """Called once per measured model, before `signal`: draw samples, train a surrogate."""
 
@@ -138,6 +145,9 @@ class HostedAttack(Attack):
 
     def nfe_once(self, T: int) -> int:
         return self.host.nfe_once(T)
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        self.host.check(image_shape)
 
     def prepare(self, access: Any, lab: Lab) -> None:
         self.host.prepare(access, lab)

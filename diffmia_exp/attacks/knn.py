@@ -38,6 +38,9 @@ class SampleAttack(Attack):
     def nfe_once(self, T: int) -> int:
         return self.n_samples * self.steps
 
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        self.features.check(image_shape)
+
     def prepare(self, access: SamplesOnly, lab: Lab) -> None:
         self._drawn = self.features(access.sample(self.n_samples, self.steps, self.sample_seed))
 

@@ -29,7 +29,7 @@ class LiRA(HostedAttack):
     Args:
         host: an attack on a single model; each of its signals (timesteps of `multi_loss`) contributes a factor.
         online: whether shadows trained on the image are used.
-        variance: `fixed` or `per_image`; the latter needs two shadows of each kind for every image.
+        variance: `fixed` or `per_image`; of an image with fewer than two shadows of a kind the latter takes the pooled one.
     """
 
     judging = ("online", "variance")

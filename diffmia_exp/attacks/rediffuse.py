@@ -66,6 +66,10 @@ class ReDiffuse(Attack):
         self.min_shadows = int(distance == "head")
         self.seed = whole("seed", seed, least=0)
 
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        if self.distance == "ssim":
+            check_window(self.window, image_shape)
+
     def nfe(self, T: int) -> int:
         whole("steps", self.steps, most=max(round(self.strength * T), 1))
         return self.n_variations * self.steps
@@ -104,10 +108,16 @@ def ssim(a: Tensor, b: Tensor, window: int) -> Tensor:
     Raises:
         ConfigError: if the window, of which half is reflected at the edges, is too large for the images.
     """
-    if window // 2 >= min(a.shape[2:]):
-        raise ConfigError("window", window, f"must be below {2 * min(a.shape[2:])} for images of {a.shape[2]}x{a.shape[3]}")
+    check_window(window, tuple(a.shape[1:]))
     from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
 
     of = structural_similarity_index_measure
     values: Any = of(a, b, gaussian_kernel=False, kernel_size=window, reduction="none", data_range=(-1.0, 1.0))
     return values
+
+
+def check_window(window: int, image_shape: tuple[int, ...]) -> None:
+    """Refuse a window that is too large for images (C, H, W)."""
+    side = min(image_shape[1:])
+    if window // 2 >= side:
+        raise ConfigError("window", window, f"must be below {2 * side} for images of {image_shape[1]}x{image_shape[2]}")

@@ -19,15 +19,15 @@ class RMIA(HostedAttack):
 
     score = share of public z with LR(x, z) >= gamma,  LR(x, z) = (p(x | target) / p(x)) / (p(z | target) / p(z))
 
-    p(x) averages references with and without x (online); offline only the latter exist, and log p_in(x) = a log p_out(x) stands in
-    for the former.
+    p(x) averages references with and without x (online); offline only the latter exist, and a log p_out(x) stands in for log p_in(x).
 
     Likelihood stand-in: p(x | model) = exp(s / tau), s the host's score. With the loss as host, s is minus a sum of squared errors,
     that is, up to weights, the evidence lower bound, for which exp(ELBO) would be the likelihood. In those units, though, one model
     differs from the next by tens of nats, and any gamma would do. tau is the standard deviation of s among references without the
     image, pooled over the pool's images: a log ratio of 1 is what retraining alone does, and gamma = 2, the published default, is
-    log(2) = .69 of it. Since p <= 1 with s <= 0, the offline correction, the published a p_out + (1 - a), is taken between log p_out
-    and log 1 = 0; on the scale of p itself it would vanish beside the 1.
+    log(2) = .69 of it. The published offline correction, p_in = a p_out + (1 - a), lies between p_out and the best possible p = 1; here
+    p is far from 1, and it is taken between log p_out and log 1 = 0 (s <= 0). The published a = .3 does not carry over; the default is
+    no correction, and attack.select=shadow chooses among others.
 
     Ties (x beats all z, or none) are broken by the log ratio itself, weighted below one z.
 
@@ -35,14 +35,14 @@ class RMIA(HostedAttack):
         host: an attack on a single model; several timesteps are averaged.
         online: whether references trained on x are used.
         gamma: how much more likely x must become than z.
-        a: offline only, in [0, 1]; 1 = training on an image changes nothing.
+        a: offline only, in [0, 1]; 1 = no correction, what training on an image does is left out.
     """
 
     min_shadows = 2
     min_public = 32
     judging = ("online", "gamma", "a")
 
-    def __init__(self, host: Attack, online: bool = True, gamma: float = 2.0, a: float = 0.3) -> None:
+    def __init__(self, host: Attack, online: bool = True, gamma: float = 2.0, a: float = 1.0) -> None:
         super().__init__(host)
         if not isinstance(online, bool):
             raise ConfigError("online", online, "must be true or false")

@@ -37,8 +37,9 @@ QUICK = {
     "secmi_nns": ["+attack.head.epochs=3"],
     "quantile": ["attack.bags=3"],
     "trajectory": ["attack.stride=50"],
-    "likelihood": ["attack.tolerance=0.3"],
+    "likelihood": ["attack.tolerance=1.0"],
 }
+SAMPLES = {name: ["attack.n_samples=256", "attack.steps=10"] for name in ("knn", "monte_carlo", "discriminator", "surrogate")}
 
 
 def config(name: str, quick: bool = True) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class AtHome:
 
 
 def untrained(seed: int = 77) -> Diffusion:
-    return Diffusion(random_net(seed), linear(T), image_shape=(1, 8, 8))
+    return Diffusion(random_net(seed, (8, 16)), linear(T), image_shape=(1, 8, 8))
 
 
 HOME = AtHome(lambda _: untrained())
@@ -198,7 +199,7 @@ def test_a_signal_depends_on_its_image_alone(
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_judgement_depends_on_the_target_s_other_images_in_nothing(name: str) -> None:
     """With other signals of the target on half of the images, the scores of the other half stay as they were."""
-    attack, x, ids, signals = rehearsal(name, seed=0)
+    attack, _, ids, signals = rehearsal(name, seed=0)
     score = attack.judge(signals)
     assert score.shape == (len(ids),)
     assert score.dtype == np.float64
@@ -208,7 +209,7 @@ def test_a_judgement_depends_on_the_target_s_other_images_in_nothing(name: str) 
     again = attack.judge(Signals(signals.sample_id, changed, signals.shadows, signals.keep, signals.pool, signals.public))
     np.testing.assert_allclose(again[20:], score[20:], rtol=1e-12)
     order = np.random.default_rng(0).permutation(len(ids))
-    if not attack.min_public:  # a network trained on public images in another order is another one
+    if not attack.min_public and "head" not in attack.judging:  # what is trained on images in another order is another classifier
         np.testing.assert_allclose(attack.judge(signals.take(order)), score[order], rtol=1e-9)
 
 
@@ -258,25 +259,24 @@ def trained(folder: Path, members: np.ndarray, seed: int, steps: int) -> Diffusi
 
 @pytest.fixture(scope="module")
 def memorised(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Diffusion], np.ndarray, AtHome]:
-    """Four models that each learned 16 of 32 images by heart: every one seen 2,400 times, weights averaged.
+    """Three models that each learned 16 of 32 images by heart: every one seen 2,400 times, weights averaged.
 
     Fewer draws will not do for SecMI. Its error is the change of the prediction between neighbouring timesteps; until the images
     are learned (500 steps of 16 images, say) that says how smooth the network is, and members may well score lower.
     """
-    keep = np.zeros((4, 32), dtype=bool)
-    for row in range(4):
+    keep = np.zeros((3, 32), dtype=bool)
+    for row in range(3):
         keep[row, np.random.default_rng(row).permutation(32)[:16]] = True
     folder, pool = tmp_path_factory.mktemp("memorised"), pixels(32)
-    models = [trained(folder / str(row), pool[keep[row]], row, 600) for row in range(4)]
-    return models, keep, AtHome(lambda samples: trained(folder / "surrogate", samples, 9, 600))
+    models = [trained(folder / str(row), pool[keep[row]], row, 600) for row in range(3)]
+    return models, keep, AtHome(lambda samples: trained(folder / "surrogate", samples, 9, 300))
 
 
-# PIAN and the samples-only attacks on pixels: the literature reports chance level for the latter at this scale, not for the former.
 @pytest.mark.xdist_group("memorised")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_memorised_image_scores_higher(name: str, memorised: tuple[list[Diffusion], np.ndarray, AtHome]) -> None:
     models, keep, home = memorised
-    attack = built(name, quick=False) if name in QUICK and name != "surrogate" else built(name)
+    attack = selection.candidates(composed(*f"attack={name}".split(), *SAMPLES.get(name, []))["attack"])[0].attack
     x = as_images(np.concatenate([pixels(32), pixels(64, start=100)]))
     ids = torch.cat([torch.arange(32), torch.arange(100, 164)])
     n = len(ids)

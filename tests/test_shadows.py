@@ -1,0 +1,135 @@
+"""Shadow models through the whole pipeline: trained once, measured once, in any role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from diffmia_exp import split
+from diffmia_exp.config import checked
+from diffmia_exp.experiment import Experiment
+from tests.composing import composed, names
+from tests.test_pipeline import quick
+
+MODELS = ["split.n_models=4", "split.pool=48", "split.public=40"]
+
+
+def entries(out: Path, kind: str) -> set[str]:
+    return {path.name for path in out.glob(f"{kind}/*") if (path / "DONE").exists()}
+
+
+@pytest.fixture(scope="module")
+def lira(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("lira")
+    for index in (2, 0):  # as two machines would
+        quick(out, *MODELS, "attack=lira", "stage=train", f"model_index={index}")
+    assert len(entries(out, "models")) == 2
+    result = quick(out, *MODELS, "attack=lira")
+    assert result["shadow_trainings"] == 3
+    assert result["label"] == "lira(multi_loss)"
+    return out
+
+
+def test_models_and_signals_serve_in_every_role(lira: Path) -> None:
+    models, signals = entries(lira, "models"), entries(lira, "signals")
+    assert (len(models), len(signals)) == (4, 4)
+    for overrides in (["attack=lira", "split.target_index=3"], ["attack=lira", "attack.online=false"], ["attack=reference"]):
+        result = quick(lira, *MODELS, *overrides)
+        assert result["nfe_per_image"] == 6
+        assert result["selection"]["rehearsals"] == 3
+    assert entries(lira, "models") == models
+    assert entries(lira, "signals") == signals
+    multi = quick(lira, *MODELS, "attack=multi_loss", "split.target_index=1")
+    assert multi["shadow_trainings"] == 0
+    assert entries(lira, "signals") == signals, "a plain host has the signals that lira took from it"
+    again = quick(lira, *MODELS, "attack=lira")
+    assert again.cached
+
+
+def test_what_the_adversary_gets_wrong_makes_other_shadows_of_the_same_target(lira: Path) -> None:
+    before = entries(lira, "models")
+    right = quick(lira, *MODELS, "attack=reference")
+    wrong = quick(lira, *MODELS, "attack=reference", "threat_model.shadow_training={steps: 3}")
+    assert wrong["train_key"] == right["train_key"]
+    made = entries(lira, "models") - before
+    assert len(made) == 3
+    assert {yaml.safe_load((lira / "models" / key / "spec.yaml").read_text())["training"]["steps"] for key in made} == {3}
+    net = Experiment(checked(composed("threat_model.shadow_model={block_out_channels: [16, 32]}", f"output_dir={lira}", *MODELS)))
+    net.load()
+    assert net.model_spec(0)["model"]["block_out_channels"] == [32, 64]
+    assert net.model_spec(1)["model"]["block_out_channels"] == [16, 32]
+
+
+def test_settings_and_thresholds_come_from_shadows_and_are_reported(lira: Path) -> None:
+    result = quick(lira, *MODELS, "attack=pia", "attack.select=shadow", "attack.rehearsals=2", "attack.grid={t: [100, 200], p: [2]}")
+    chosen = result["selection"]
+    assert chosen["select"] == "shadow"
+    assert chosen["rehearsals"] == 2
+    assert chosen["settings"] in [tried["settings"] for tried in chosen["tried"]]
+    assert chosen["shadow_auc"] == max(tried["shadow_auc"] for tried in chosen["tried"])
+    assert len(chosen["tried"]) == 2
+    assert set(result["transfer"]) == {"0.1"}  # some 50 non-members of the rehearsals resolve no lower rate
+    at = result["transfer"]["0.1"]
+    assert 0 <= at["fpr_ci"][0] <= at["fpr"] <= at["fpr_ci"][1] <= 1
+
+
+def test_generated_images_are_drawn_once_and_shared(tmp_path: Path) -> None:
+    few = ["threat_model=samples_only", "attack.n_samples=32", "attack.steps=4", "split.pool=48", "split.public=64"]
+    for attack in ("knn", "monte_carlo", "discriminator"):
+        result = quick(tmp_path, *few, f"attack={attack}")
+        assert result["nfe_per_image"] == pytest.approx(128 / (48 + (64 if attack == "discriminator" else 0)))
+    specs = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("samples/*/spec.yaml")]
+    assert sorted(spec["n"] for spec in specs) == [32, 64]  # those, and the run folder's preview
+    surrogate = quick(tmp_path, *few, "attack=surrogate", "attack.host.stride=250")
+    assert surrogate["status"] == "done"
+    assert len(entries(tmp_path, "models")) == 2
+    trained = {key: yaml.safe_load((tmp_path / "models" / key / "spec.yaml").read_text()) for key in entries(tmp_path, "models")}
+    own = next(spec for key, spec in trained.items() if key != surrogate["train_key"])
+    assert own["n_members"] == 32
+    assert own["seed"] != trained[surrogate["train_key"]]["seed"], "the adversary does not know the target's initialisation"
+    assert len(list(tmp_path.glob("samples/*"))) == 2
+
+
+@pytest.mark.parametrize("make", [split.bernoulli, split.exact])
+def test_public_images_are_in_no_pool_and_change_no_draw(make: object) -> None:
+    sizes = {"pool": 60} if make is split.bernoulli else {"n_members": 30, "n_nonmembers": 30}
+    ids = np.arange(200) * 3
+    for shadow_pool in ("same", "disjoint"):
+        without = make(ids, 5, n_models=4, shadow_pool=shadow_pool, **sizes)  # type: ignore[operator]
+        with_public = make(ids, 5, n_models=4, shadow_pool=shadow_pool, public=50, **sizes)  # type: ignore[operator]
+        assert with_public.public.sum() == 50
+        assert not with_public.pool[:, with_public.public].any()
+        assert not with_public.keep[:, with_public.public].any()
+        rest = ~with_public.public
+        assert np.array_equal(with_public.sample_id[rest], without.sample_id)
+        assert np.array_equal(with_public.keep[:, rest], without.keep)
+
+
+@pytest.mark.parametrize("name", [name for name in names("experiment") if name.startswith("headline")])
+def test_every_part_of_the_headline_uses_the_same_models(name: str, tmp_path: Path) -> None:
+    experiment = Experiment(checked(composed(f"experiment={name}", f"output_dir={tmp_path}")))
+    experiment.load()
+    assert experiment.split.n_models == 17
+    assert experiment.key(0) == "32ab285070feeb10"
+    assert 200 < experiment.keep.sum() < 312
+
+
+def test_a_table_has_one_row_per_attack_over_its_targets(lira: Path, tmp_path: Path) -> None:
+    from diffmia_exp import table
+
+    aucs = [quick(lira, *MODELS, "attack=multi_loss", f"split.target_index={index}")["auc"] for index in (0, 1, 3)]
+    quick(lira, *MODELS, "attack=lira", "attack.name=other")
+    table.main([str(path) for path in lira.glob("runs/multi_loss-*")] + [str(next(lira.glob("runs/other-*"))), "--out", str(tmp_path)])
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(lines) == 3
+    row = next(line for line in lines if line.startswith("multi_loss,")).split(",")
+    assert row[2] == "3"
+    assert float(row[3]) == pytest.approx(np.mean(aucs))
+    half = 4.302652729911275 * np.std(aucs, ddof=1) / np.sqrt(3)  # Student's t, two degrees of freedom
+    assert float(row[4]) == pytest.approx(np.mean(aucs) - half)
+    assert "| `other(multi_loss)` | gray_box | 1 |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit, match="no finished run"):
+        table.main([str(tmp_path), "--out", str(tmp_path)])
