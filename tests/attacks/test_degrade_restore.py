@@ -77,4 +77,4 @@ def test_bad_settings(lab: Lab) -> None:
     with pytest.raises(ConfigError, match="steps=2"):
         DegradeRestore().nfe(1)
     with pytest.raises(ConfigError, match="factor=9: must be at most 8"):
-        DegradeRestore("blur", factor=9).degraded(lab.x, lab.ids)
+        DegradeRestore("blur", factor=9).check((1, 8, 8))
