@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmia_exp import lit
-from diffmia_exp.config import build
+from diffmia_exp import lit, selection
+from diffmia_exp.config import build, checked
 from diffmia_exp.data import digits
 from diffmia_exp.diffusion import Diffusion, linear
+from diffmia_exp.experiment import Experiment
+from diffmia_exp.noise import derive, gaussian
 from diffmia_exp.recipe import Recipe, TrainerOptions
+from diffmia_exp.threat_models import GrayBox
+from diffmia_exp.workshop import Workshop
 from tests.composing import CONF, composed, names
 
 STEPS, BATCH, ROUNDS = 100, 256, 9
@@ -96,7 +100,9 @@ def attacks() -> bool:
     diffusion = Diffusion(net().eval(), linear(1000))
     x, ids, ok = torch.from_numpy(digits().take(np.arange(BATCH))).double() / 127.5 - 1, torch.arange(BATCH), True
     for name in names("attack"):
-        attack = build("attack", composed(f"attack={name}")["attack"])
+        attack: Any = attack_of(name)
+        if attack.access is not GrayBox or attack.nfe_once(1000):
+            continue
         if (nfe := attack.nfe(1000)) > 20:  # a coarser trajectory costs as much per evaluation
             attack.stride = 50
             nfe = attack.nfe(1000)
@@ -104,19 +110,93 @@ def attacks() -> bool:
 
         def score(attack: Any = attack) -> None:
             with torch.inference_mode():
-                attack.score(attack.access(diffusion), x, ids)
-
-        def bare(calls: list[tuple[Any, ...]] = calls) -> None:
-            with torch.inference_mode():
-                for inputs in calls:
-                    diffusion.net(*inputs)
+                attack.signal(attack.access(diffusion), x, ids)
 
         recording = diffusion.net.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs))
         score()
         recording.remove()
-        ratio, seconds = paired(score, bare, ROUNDS * max(1, 10 // nfe))
+        ratio, seconds = paired(score, lambda calls=calls: replay(diffusion, calls), ROUNDS * max(1, 10 // nfe))
         ok &= line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, f"{seconds / nfe * 1e3:.0f} ms a forward of {BATCH}")
     return ok
+
+
+def attack_of(name: str, *overrides: str) -> Any:
+    return selection.candidates(composed(f"attack={name}", *overrides)["attack"])[0].attack
+
+
+def gsa() -> bool:
+    """GSA's batched per-sample norms against a backward pass for each image (GSA1), and for each image and timestep (GSA2)."""
+    images, ok = 32, True
+    diffusion = Diffusion(net().eval(), linear(1000))
+    x, ids = torch.from_numpy(digits().take(np.arange(images))).double() / 127.5 - 1, torch.arange(images)
+    parameters, times = list(diffusion.net.parameters()), torch.linspace(0, 999, 10, dtype=torch.float64).round().long()
+
+    def loop(rows: int) -> torch.Tensor:
+        measured = []
+        for n in range(images):
+            eps = gaussian(derive(0, "score"), ids[n : n + 1].expand(10), tuple(x.shape[1:]), times)
+            x0, norms = x[n : n + 1].expand(10, -1, -1, -1), []
+            for part in zip(x0.split(rows), times.split(rows), eps.split(rows), strict=True):
+                gradients = torch.autograd.grad(diffusion.loss(*part).mean(), parameters)
+                norms.append(torch.stack([g.norm() for g in gradients]))
+            measured.append(torch.stack(norms).mean(0))
+        return torch.stack(measured).double()
+
+    for name, rows, wanted in (("gsa2", 1, 10), ("gsa1", 10, 1.8)):
+        attack = attack_of(name)
+
+        def batched(attack: Any = attack) -> torch.Tensor:
+            return attack.signal(attack.access(diffusion), x, ids)
+
+        torch.testing.assert_close(batched(), loop(rows), rtol=1e-4, atol=1e-9)
+        ratio, seconds = paired(batched, lambda rows=rows: loop(rows), 5)
+        detail = f"{1 / ratio:.1f} x as fast (>= {wanted}); loop {seconds / images * 1e3:.0f} ms an image"
+        ok &= line(f"{name}: batched / one image at a time", ratio, 1 / wanted, detail)
+    return ok
+
+
+def signals() -> bool:
+    """Signals of 16 models on 2,000 images, weights read one model after the other, against the bare forwards of the same inputs."""
+    with tempfile.TemporaryDirectory() as out:
+        data = ["split.pool=1785", "split.n_models=17", "training.steps=1", "training.batch_size=8", "tracking=none"]
+        experiment = Experiment(checked(composed("attack=reference", "attack@attack.host=loss", f"output_dir={out}", *data)))
+        experiment.load()
+        workshop = Workshop(experiment)
+        workshop.train_all()
+        shadow, candidate = experiment.shadows[0], experiment.candidates[0]
+        diffusion, calls = workshop.model(shadow)[0], []
+        recording = diffusion.net.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+        workshop.measured(shadow, candidate)
+        recording.remove()
+        ratios = []
+        for index in experiment.shadows[1:]:
+            bare = timed(lambda: replay(diffusion, calls))
+            ratios.append(timed(lambda index=index: workshop.measured(index, candidate)) / bare)
+    images = int(experiment.measured.sum())
+    return line(
+        f"signals of a shadow / bare forwards ({images} images)", statistics.median(ratios), 1.05, f"median of {len(ratios)} shadows"
+    )
+
+
+def replay(diffusion: Diffusion, calls: list[tuple[Any, ...]]) -> None:
+    with torch.inference_mode():
+        for inputs in calls:
+            diffusion.net(*inputs)
+
+
+def variations() -> bool:
+    """ReDiffuse's ten variations in one call against ten calls."""
+    diffusion, attack = Diffusion(net().eval(), linear(1000)), attack_of("rediffuse")
+    x, ids = torch.from_numpy(digits().take(np.arange(64))).double() / 127.5 - 1, torch.arange(64)
+    access = attack.access(diffusion)
+
+    def one_by_one() -> None:
+        for draw in range(attack.n_variations):
+            access.vary(x, ids, attack.strength, attack.steps, attack.seed, draw)
+
+    with torch.inference_mode():
+        ratio, seconds = paired(lambda: attack.score(access, x, ids), one_by_one, ROUNDS)
+    return line("rediffuse: all variations at once / in turn", ratio, 1.05, f"{seconds:.2f} s in turn")
 
 
 def paired(f: Callable[[], Any], g: Callable[[], Any], rounds: int) -> tuple[float, float]:
@@ -165,7 +245,15 @@ def memory() -> bool:
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{'what':44s}   ratio      bound")
-    parts = {"training": training, "attacks": attacks, "memory": memory, "grid": grid}
+    parts = {
+        "training": training,
+        "attacks": attacks,
+        "gsa": gsa,
+        "variations": variations,
+        "signals": signals,
+        "memory": memory,
+        "grid": grid,
+    }
     chosen = sys.argv[1:] or list(parts)
     results = [parts[name]() for name in chosen]  # all of them, also after one that is above its bound
     sys.exit(0 if all(results) else 1)

@@ -58,6 +58,10 @@ def as_images(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).double() / 127.5 - 1
 
 
+# The others' signals are their hosts'.
+MEASURING = [name for name in ATTACKS if not getattr(built(name), "relays", False)]
+
+
 class AtHome:
     """The adversary's own means: public images, and a way to train."""
 
@@ -142,7 +146,7 @@ def test_its_config_names_every_argument(name: str) -> None:
     assert "score = " in (type(attack).__doc__ or "") or "Otherwise as" in (type(attack).__doc__ or "")
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", MEASURING)
 def test_it_uses_its_access_and_nothing_else(name: str, target: Diffusion, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     attack = built(name)
     proxy = OnlyGranted(attack.access(target))
@@ -168,12 +172,13 @@ def test_it_costs_what_it_says(name: str, target: Diffusion, images: tuple[torch
         attack.nfe(1)  # a schedule of one step is too short for every default
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", MEASURING)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_a_signal_depends_on_its_image_alone(
     name: str, dtype: torch.dtype, tolerance: float, target: Diffusion, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    attack, (x, ids) = built(name), images
+    attack = built(name)
+    x, ids = images if dtype == torch.float32 else (images[0][:10], images[1][:10])  # 70 are more than one block
     net = target.net if dtype == torch.float32 else copy.deepcopy(target.net).double()
     access = attack.access(Diffusion(net, linear(T), image_shape=(1, 8, 8)))
     attack.prepare(access, HOME)
@@ -183,7 +188,8 @@ def test_a_signal_depends_on_its_image_alone(
     assert together.dtype == torch.float64
     assert bool(torch.isfinite(together).all())
     assert not together.requires_grad
-    assert torch.equal(together, attack.signal(access, x, ids)), "not deterministic"
+    if dtype == torch.float32:
+        assert torch.equal(together, attack.signal(access, x, ids)), "not deterministic"
 
     def close(some: torch.Tensor, expected: torch.Tensor) -> None:
         # Relative to each signal's size over the images: a pixel of an error map may be all but 0.
@@ -235,13 +241,13 @@ def rehearsal(name: str, seed: int) -> tuple[Attack, torch.Tensor, torch.Tensor,
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_untrained_target_betrays_nobody(name: str) -> None:
-    """Over 4 nets with 50 random splits each, the 95% interval of the AUC covers 1/2 in at least 90%."""
+    """Over 2 nets with 100 random splits each, the 95% interval of the AUC covers 1/2 in at least 90%."""
     covered = 0
-    for seed in range(4):
+    for seed in range(2):
         attack, _, _, signals = rehearsal(name, seed)
         pool = ~signals.public
         score = attack.judge(signals)[pool]
-        for draw in range(50):
+        for draw in range(100):
             is_member = np.random.default_rng([seed, draw]).random(len(score)) < 0.5
             low, high = auc(is_member, score)[1]
             covered += low <= 0.5 <= high
