@@ -24,7 +24,7 @@ from diffmia_exp.signals import Signals
 
 log = logging.getLogger(__name__)
 
-PREVIEW = {"n": 64, "steps": 50, "seed": 0}
+PREVIEW = {"n": 64, "steps": 20, "seed": 0}
 
 
 class Workshop:
