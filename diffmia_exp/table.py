@@ -1,7 +1,7 @@
 """python -m diffmia_exp.table RUNS.. --out FOLDER: one row per attack and threat model, over all its targets, as CSV and Markdown.
 
 RUNS are sweep or run folders. Targets are the different models that were attacked; the interval is that of the mean AUC over targets
-(Student's t), and of the one AUC (DeLong) where there is one target only. With several snapshots `auc_along_training.png` is drawn.
+(Student's t; targets that share a pool are not independent), and of the one AUC (DeLong) where there is one target only. With several snapshots `auc_along_training.png` is drawn.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ def collect(folders: Iterable[Path]) -> list[dict[str, Any]]:
 def summarised(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per attack and threat model, best AUC first within a threat model."""
     rows = []
-    groups = sorted({(r["threat_model"], r["label"]) for r in results})
-    for threat_model, attack in groups:
-        runs = [r for r in results if (r["threat_model"], r["label"]) == (threat_model, attack)]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in results:  # snapshots and data sets are no further targets, but rows of their own
+        where = "" if len({q["dataset"] for q in results}) == 1 else f" on {r['dataset']}"
+        when = "" if r["snapshot"] is None else f" at step {r['snapshot']}"
+        groups.setdefault((r["threat_model"], r["label"] + where + when), []).append(r)
+    for (threat_model, attack), runs in groups.items():
         aucs = [r["auc"] for r in runs]
         tprs = [r["tpr_at_fpr"]["0.01"]["tpr"] for r in runs if r["tpr_at_fpr"].get("0.01", {}).get("resolvable")]
         low, high = _interval(aucs, runs[0]["auc_ci"])

@@ -156,9 +156,10 @@ class Workshop:
         def make(folder: Path) -> None:
             rehearsals = e.config["attack"]["rehearsals"]
             chosen, rehearsal, tried = e.candidates[0], None, None
-            for index in (e.target_index, *e.shadows):  # model by model: the one in memory is measured with all candidates
+            rows = [e.target_index, *e.shadows]
+            for n, index in enumerate(rows):  # model by model: the one in memory is measured with all candidates
                 for candidate in e.candidates:
-                    self.measured(index, candidate)
+                    self.measured(index, candidate, _of(n, rows))
             if len(e.candidates) > 1:
                 chosen, rehearsal, tried = selection.choose(e.candidates, self.signals, rehearsals)
             signals = self.signals(chosen)
