@@ -1,7 +1,8 @@
 """python -m diffmia_exp.table RUNS.. --out FOLDER: one row per attack and threat model, over all its targets, as CSV and Markdown.
 
 RUNS are sweep or run folders. Targets are the different models that were attacked; the interval is that of the mean AUC over targets
-(Student's t; targets that share a pool are not independent), and of the one AUC (DeLong) where there is one target only. With several snapshots `auc_along_training.png` is drawn.
+(Student's t; targets that share a pool are not independent), and of the one AUC (DeLong) where there is one target only.
+With several snapshots `auc_along_training.png` is drawn.
 """
 
 from __future__ import annotations
