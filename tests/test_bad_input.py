@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from diffmia_exp.config import GROUPS
+from tests import command
 
 ROOT = Path(__file__).parents[1]
 ARRAYS = "dataset=arrays dataset.path={files}/images.npz dataset.image_size=8 dataset.channels=1"
@@ -225,15 +224,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line, in a process of its own, on one thread and without GPU or network."""
-
-    def limit() -> None:
-        if largest_file is not None:  # writing past it fails with EFBIG
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    alone = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "run.py", "debug=quick", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | alone, preexec_fn=limit, capture_output=True, text=True, timeout=300)
+    return command.run("debug=quick", *arguments, largest_file=largest_file)
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -291,10 +282,7 @@ def test_a_full_disk_mistakes_in_a_grid_and_damaged_entries(files: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)
-def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
-    name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(name: str, files: Path, tmp_path: Path) -> None:
     arguments, expected = (BEFORE_ANYTHING_HEAVY | BEFORE_TRAINING)[name]
     done = run(f"output_dir={tmp_path}/out", *arguments.format(files=files, nope="${nope}").split())
     errors = refused(done)
