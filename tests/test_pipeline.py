@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from diffmia_exp.pipeline import run
 from diffmia_exp.scores import ScoreTable
 from diffmia_exp.store import Store
 from diffmia_exp.threat_models import QueryBudgetExceeded, ThreatModel
+from tests import command
 from tests.composing import CONF, composed, names
 
 SIX = ["loss", "trajectory", "secmi", "pia", "pian", "sima"]
@@ -36,10 +35,6 @@ def quick(output_dir: Path, *overrides: str) -> runs.Result:
     return run(composed("debug=quick", f"output_dir={output_dir}", *pool, *overrides))
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(CONF.parent / "run.py"), *arguments]
-
-
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -48,10 +43,8 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The README's grid on a quick setting, and its command line."""
     out = tmp_path_factory.mktemp("grid")
-    line = command(
-        "-m", "debug=quick", f"output_dir={out}", f"attack={','.join(SIX)}", "threat_model=gray_box", "seed=0,1", "split.pool=32"
-    )
-    done = subprocess.run(line, capture_output=True, text=True)
+    line = ["-m", "debug=quick", f"output_dir={out}", f"attack={','.join(SIX)}", "threat_model=gray_box", "seed=0,1", "split.pool=32"]
+    done = command.run(*line)
     assert done.returncode == 0, done.stderr
     return out, line
 
@@ -70,7 +63,7 @@ def test_its_repeat_trains_and_scores_nothing(grid: tuple[Path, list[str]]) -> N
     out, line = grid
     kinds = ("models", "scores", "samples", "runs")
     before = {kind: contents(out / kind) for kind in kinds}
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = command.run(*line)
     assert done.returncode == 0, done.stderr
     assert {kind: contents(out / kind) for kind in kinds} == before
     assert done.stdout.count("found") == 12
@@ -227,8 +220,8 @@ def test_the_budget_is_enforced_while_scoring() -> None:
 
 
 def test_incompatible_cells_are_recorded_in_a_grid(tmp_path: Path) -> None:
-    line = command("-m", "debug=quick", f"output_dir={tmp_path}", "threat_model=samples_only,gray_box", "attack=pia", "split.pool=32")
-    done = subprocess.run(line, capture_output=True, text=True)
+    cells = ["threat_model=samples_only,gray_box", "attack=pia", "split.pool=32"]
+    done = command.run("-m", "debug=quick", f"output_dir={tmp_path}", *cells)
     assert done.returncode == 0, done.stderr
     results = {r["threat_model"]: r for r in (json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/metrics.json"))}
     assert results["samples_only"]["status"] == "not applicable"
@@ -238,18 +231,19 @@ def test_incompatible_cells_are_recorded_in_a_grid(tmp_path: Path) -> None:
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
     overrides = ["debug=quick", "split.pool=32", "stage=train", "training.steps=60", "trainer.checkpoint_every=10"]
-    line = command(*overrides, f"output_dir={tmp_path / 'killed'}")
-    victim = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    line = [*overrides, f"output_dir={tmp_path / 'killed'}"]
+    victim = command.start(*line)
     while not list((tmp_path / "killed").glob("models/*.partial/last.ckpt")):
-        assert victim.poll() is None
+        assert victim.is_alive()
         time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    done = subprocess.run(line, capture_output=True, text=True)
+    victim.kill()
+    victim.join()
+    done = command.run(*line)
     assert done.returncode == 0, done.stderr
     assert "going on from the checkpoint" in done.stderr
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(command(*overrides, f"output_dir={tmp_path / 'whole'}"), capture_output=True, text=True, env=environment)
+    whole = subprocess.run(
+        [sys.executable, "run.py", *overrides, f"output_dir={tmp_path / 'whole'}"], cwd=CONF.parent, capture_output=True, text=True
+    )
     assert whole.returncode == 0, whole.stderr
     (one,), (two,) = ((tmp_path / name / "models").iterdir() for name in ("killed", "whole"))
     for name in ("raw.safetensors", "ema.safetensors"):
