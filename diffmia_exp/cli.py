@@ -194,10 +194,18 @@ def _print_results() -> None:
     columns = ("attack=", "threat_model=", "dataset=", "seed=")
     varied = [" ".join(o for o in r.overrides if o not in common and not o.startswith(columns)) for r in rows]
     fprs = list(dict.fromkeys(fpr for r in rows for fpr in r.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
+    alarms: dict[str, list[str]] = {}
+    for r in rows:
+        for sentence in r.get("unsound", ()):
+            alarms.setdefault(sentence, []).append(f"{r['attack']}, {r['threat_model']}, {r['dataset']}, seed {r['seed']}")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for sentence, of in alarms.items():
+        more = f" and {len(of) - 1} more" if len(of) > 1 else ""
+        console.print(f"UNSOUND: {sentence} ({of[0]}{more})", style="bold red", soft_wrap=True, highlight=False, markup=False)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for heading in ("attack", "threat model", "dataset", "seed", *(["settings"] if any(varied) else [])):
         table.add_column(heading, no_wrap=heading != "settings")
-    for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time"):
+    for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time", "controls"):
         table.add_column(heading, justify="right")
     for r, settings in zip(rows, varied, strict=True):
         start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"]), *([settings] if any(varied) else [])]
@@ -205,8 +213,8 @@ def _print_results() -> None:
             table.add_row(*start, r["status"])
             continue
         cost = [f"{r['nfe_per_image']:g}", "found" if r.cached else f"{r['seconds']:.1f} s"]
+        cost.append({True: "sound", False: "UNSOUND", None: "none"}[r["sound"]])
         table.add_row(*start, _interval(r["auc"], r["auc_ci"]), *(_tpr(r, fpr) for fpr in fprs), *cost)
-    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     if len(rows) == 1 and rows[0].folder is not None:
         console.print(f"run folder: {rows[0].folder}", soft_wrap=True, highlight=False)

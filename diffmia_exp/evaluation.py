@@ -17,6 +17,9 @@ from diffmia_exp.data import Images
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
 from diffmia_exp.threat_models import SamplesOnly, WhiteBox
 
+CONTROLS = ("blind", "permuted", "untrained", "held_out", "prior_bpd", "generated")
+BLIND = ("classical", "network")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -28,6 +31,8 @@ class Evaluation:
         device: `auto`, `cpu` or `cuda`.
         fprs: the FPRs at which the TPR is reported.
         drop_duplicates: leave non-members that equal a member out of the audit.
+        controls: which of CONTROLS are run beside the attack.
+        blind: the classifier of the `blind` control, one of BLIND.
     """
 
     batch_size: int = 256
@@ -35,6 +40,8 @@ class Evaluation:
     device: str = "auto"
     fprs: tuple[float, ...] = (0.1, 0.01, 0.001, 0.0001)
     drop_duplicates: bool = False
+    controls: tuple[str, ...] = ()
+    blind: str = "classical"
 
     def __post_init__(self) -> None:
         whole("batch_size", self.batch_size, least=1)
@@ -45,6 +52,11 @@ class Evaluation:
         for fpr in self.fprs:
             number("fprs", fpr, above=0, most=1)
         flag("drop_duplicates", self.drop_duplicates)
+        if not isinstance(self.controls, list | tuple):
+            raise ConfigError("controls", self.controls, f"must be a list of {', '.join(CONTROLS)}, as [blind, permuted]")
+        for control in self.controls:
+            choice("controls", control, CONTROLS)
+        choice("blind", self.blind, BLIND)
 
     @property
     def torch_device(self) -> str:

@@ -47,7 +47,7 @@ class Experiment:
         self.weights: str = config["weights"]
         self.name = runs.checked_name(config["name"])
         self.output_dir = runs.writable("output_dir", config["output_dir"])
-        self.stores = {kind: Store(self.output_dir, kind) for kind in ("models", "samples", "signals", "scores")}
+        self.stores = {kind: Store(self.output_dir, kind) for kind in ("models", "samples", "signals", "scores", "controls")}
         self.tracking: Wandb = build("tracking", config["tracking"] | ({"group": sweep} if not config["tracking"].get("group") else {}))
         self.evaluation: Evaluation = build("evaluation", config["evaluation"])
         self.threat_model: ThreatModel = build("threat_model", config["threat_model"])
@@ -81,6 +81,9 @@ class Experiment:
                 raise ConfigError("snapshot", self.snapshot, "must be null where a checkpoint is attacked")
             if self.stage == "train":
                 raise ConfigError("stage", self.stage, "must be all or attack where a checkpoint is attacked")
+            if "held_out" in self.evaluation.controls:
+                must = "needs the training of the attacked model, which a checkpoint does not tell; leave it out"
+                raise ConfigError("evaluation.controls", "held_out", must)
         if self.snapshot is not None and self.snapshot not in self.recipe.snapshots:
             raise ConfigError("snapshot", self.snapshot, f"must be one of training.snapshots={self.recipe.snapshots}")
         if self.config["model_index"] is not None and self.stage != "train":
@@ -174,6 +177,37 @@ class Experiment:
         return others[: self.config["attack"]["rehearsals"]] if self.config["attack"]["select"] == "shadow" else []
 
     @property
+    def models(self) -> list[int]:
+        """The rows whose models are trained for this cell: target, shadows, and the control's on the held-out half."""
+        target = [] if self.config["checkpoint"] is not None else [self.target_index]
+        return [*target, *self.shadows, *([self.held_out] if "held_out" in self.evaluation.controls else [])]
+
+    @property
+    def untrained(self) -> int:
+        """A row past the split's and the surrogates': the target's network as it is initialised, the same for every target of a grid."""
+        return self.split.n_models + 1
+
+    @property
+    def held_out(self) -> int:
+        """A row past those: the target's network trained as the target is, on the other images of its pool."""
+        return self.split.n_models + 2
+
+    def role(self, index: int) -> str:
+        """What model `index` is in this cell."""
+        return {self.target_index: "target", self.untrained: "untrained", self.held_out: "held-out"}.get(index, "shadow")
+
+    def members(self, index: int) -> NDArray[np.bool_]:
+        """The images that model `index` is trained on, bool [n]."""
+        if index == self.held_out:
+            return self.split.pool[self.target_index] & ~self.keep
+        mask: NDArray[np.bool_] = self.split.keep[index]
+        return mask
+
+    def draws(self, index: int) -> int:
+        """The row whose initial weights, batches and noises model `index` gets: its own, but the target's for the held-out half."""
+        return self.target_index if index == self.held_out else index
+
+    @property
     def measured(self) -> NDArray[np.bool_]:
         """The images that the models are measured on, bool [n]: every pool in play, and the public images where they are needed."""
         mask: NDArray[np.bool_] = np.logical_or.reduce(self.split.pool[[self.target_index, *self.shadows]])
@@ -185,8 +219,8 @@ class Experiment:
 
     def model_spec(self, index: int) -> Plain:
         """Everything that the weights of model `index` depend on."""
-        members, settings = self.images.where(self.split.keep[index]), self.training_spec(index != self.target_index)
-        return described(members) | settings | {"seed": self.seed, "model_index": index}
+        members, settings = self.images.where(self.members(index)), self.training_spec(self.role(index) == "shadow")
+        return described(members) | settings | {"seed": self.seed, "model_index": self.draws(index)}
 
     def training_spec(self, shadow: bool) -> Plain:
         """The part of a model's spec that is the same whatever it is trained on."""
@@ -201,21 +235,26 @@ class Experiment:
         """The key of model `index` in the store, or the hash of the checkpoint that takes the target's place."""
         if self.config["checkpoint"] is not None and index == self.target_index:
             return f"file-{sha256(runs.existing_file('checkpoint', self.config['checkpoint']))[:16]}"
+        if index == self.untrained:
+            spec = self.training_spec(shadow=False)
+            return f"untrained-{digest({k: spec[k] for k in ('model', 'diffusion')} | {'seed': self.seed, 'model_index': index})}"
         return self.stores["models"].key(self.model_spec(index))
 
     def attacked(self, index: int) -> Plain:
         """Which weights of model `index` are measured."""
         described: Plain = {"model": self.key(index), "weights": self.weights, "snapshot": self.snapshot}
+        if index == self.untrained:
+            described |= {"weights": None, "snapshot": None}
         if self.config["checkpoint"] is not None:  # a file says nothing about its schedule and architecture
             described |= {"architecture": _nameless(self.config["model"]), "diffusion": _nameless(self.config["diffusion"])}
         return described
 
-    def signals_spec(self, index: int, candidate: selection.Candidate) -> Plain:
-        """Everything that an attack's signals on model `index` depend on."""
+    def signals_spec(self, index: int, candidate: selection.Candidate, images: Images | None = None) -> Plain:
+        """Everything that an attack's signals on model `index` depend on; `images` if not those that every model is measured on."""
         spec = {
             "attacked": self.attacked(index),
             "signal": candidate.measures,
-            "images": self.images.where(self.measured).fingerprint,
+            "images": (images or self.images.where(self.measured)).fingerprint,
             "precision": self.evaluation.precision,
         }
         if candidate.attack.trains:
@@ -236,6 +275,18 @@ class Experiment:
             "fprs": list(self.evaluation.fprs) if self.shadows else None,
         }
 
+    def comparable(self) -> Plain:
+        """What must agree where runs are averaged (`split`, `data_fingerprint`) or compared image by image (`audited_fingerprint`)."""
+        split = {k: v for k, v in _nameless(self.config["split"]).items() if k not in ("n_models", "target_index", "path")}
+        if "path" in self.config["split"]:
+            split["file"] = sha256(runs.existing_file("split.path", self.config["split"]["path"]))
+        return {
+            "target_index": self.target_index,
+            "data_fingerprint": digest(_nameless(self.config["dataset"])),
+            "split": split,
+            "audited_fingerprint": self.images.where(self.audited).fingerprint,
+        }
+
     def surrogate_seed(self, index: int) -> int:
         """Seed of a surrogate of model `index`: the adversary does not know how that one was initialised."""
         return derive(self.seed, "surrogate", index)
@@ -247,9 +298,9 @@ class Experiment:
 
     def net(self, index: int, seed: int | None = None) -> torch.nn.Module:
         """A freshly initialised network for model `index`."""
-        config = self.group("model", index != self.target_index)
+        config = self.group("model", self.role(index) == "shadow")
         name = self.config["model"].get("name", "?")
-        net = initialised(lambda: build("model", config), self.seed if seed is None else seed, index)
+        net = initialised(lambda: build("model", config), self.seed if seed is None else seed, self.draws(index))
         shape = self.images.pixels.shape[1:]
         try:
             with torch.inference_mode():

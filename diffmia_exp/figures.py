@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from diffmia_exp import metrics
 from diffmia_exp.data import Pixels
@@ -80,15 +81,27 @@ def samples(path: Path, generated: Pixels, members: Pixels, side: int = 8) -> No
     """A grid of generated images beside one of training images, uint8 [n, C, H, W] each."""
     figure = Figure(figsize=(7.2, 3.9), dpi=120, layout="constrained")
     for axes, pixels, name in zip(figure.subplots(1, 2), (generated, members), ("generated", "training images"), strict=True):
-        axes.imshow(_grid(pixels[: side * side], side), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(_grid(pixels[: side * side], side, side), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(name, fontsize=10, color=INK)
         axes.set_axis_off()
     figure.savefig(path)
 
 
-def _grid(pixels: Pixels, side: int) -> Pixels:
+def near_copies(path: Path, generated: Pixels, training: Pixels, ratio: NDArray[np.float64], columns: int = 4) -> None:
+    """Pairs side by side, a generated image and the training image it comes closest to, uint8 [k, C, H, W], with the ratio [k]."""
+    figure = Figure(figsize=(7.2, 0.6 + 1.1 * -(-len(ratio) // columns)), dpi=120, layout="constrained")
+    for axes in (cells := figure.subplots(-(-len(ratio) // columns), columns, squeeze=False).flat):
+        axes.set_axis_off()
+    for axes, *pair, r in zip(cells, generated, training, ratio, strict=False):
+        axes.imshow(_grid(np.stack(pair), 2, 1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(f"{r:.2f}", fontsize=8, color=INK)
+    figure.suptitle("generated image | nearest training image; ratio of distances (a copy below 0.50)", fontsize=9, color=INK)
+    figure.savefig(path)
+
+
+def _grid(pixels: Pixels, columns: int, rows: int) -> Pixels:
     n, c, h, w = pixels.shape
-    sheet = np.full((side, side, c, h + 1, w + 1), 255, np.uint8)
-    sheet.reshape(side * side, c, h + 1, w + 1)[:n, :, :h, :w] = pixels
-    sheet = sheet.transpose(0, 3, 1, 4, 2).reshape(side * (h + 1), side * (w + 1), c)
+    sheet = np.full((rows, columns, c, h + 1, w + 1), 255, np.uint8)
+    sheet.reshape(rows * columns, c, h + 1, w + 1)[:n, :, :h, :w] = pixels
+    sheet = sheet.transpose(0, 3, 1, 4, 2).reshape(rows * (h + 1), columns * (w + 1), c)
     return sheet[..., 0] if c == 1 else sheet

@@ -39,6 +39,7 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
             _must_be_stored(experiment)
             with runs.writing(folder, text) as unfinished:
                 result = runs.write(unfinished, folder.name, workshop)
+                runs.alarm(text, result["unsound"])
     result.folder = folder
     if experiment.tracking.effective_mode != "disabled" and not (folder / "wandb.json").exists():
         result.tracked = experiment.tracking.attack(experiment.output_dir, folder, config)
@@ -49,8 +50,7 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
 def _must_be_stored(experiment: Experiment) -> None:
     """A stage that builds on another one never does that one's work unasked."""
     if experiment.stage == "attack":
-        models = [*([] if experiment.config["checkpoint"] is not None else [experiment.target_index]), *experiment.shadows]
-        missing = [index for index in models if experiment.stores["models"].get(experiment.model_spec(index)) is None]
+        missing = [index for index in experiment.models if experiment.stores["models"].get(experiment.model_spec(index)) is None]
         if missing:
             which = f"model {missing[0]}" if len(missing) == 1 else f"models {', '.join(map(str, missing))}"
             raise ConfigError("stage", "attack", f"needs {which} to be trained; run the same with stage=train first")

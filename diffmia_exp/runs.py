@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from diffmia_exp import __version__
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from diffmia_exp.workshop import Workshop
 
 log = logging.getLogger(__name__)
+
+MOST_EXPOSED, LEAST_EXPOSED = 32, 16
+"""Members that exposed.npz shows."""
 
 LIBRARIES = ("torch", "pytorch-lightning", "diffusers", "numpy", "scikit-learn")
 
@@ -114,6 +118,13 @@ def writing(folder: Path, text: io.StringIO) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def alarm(text: io.StringIO, unsound: Sequence[str]) -> None:
+    """Put what makes a run unsound before everything logged so far."""
+    logged = text.getvalue()
+    text.seek(0)
+    text.write("".join(f"UNSOUND: {sentence}\n" for sentence in unsound) + logged)
+
+
 def replace(source: Path, target: Path) -> None:
     """Put a folder in the place of another."""
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -148,7 +159,7 @@ def identity(config: Plain) -> Plain:
 
 def write(folder: Path, name: str, workshop: Workshop) -> Result:
     """Write everything that a run folder holds; metrics.json comes last."""
-    from diffmia_exp import figures, metrics, selection  # seconds to import, and a cached run needs none of them
+    from diffmia_exp import controls, figures, metrics, selection  # seconds to import, and a cached run needs none of them
 
     experiment = workshop.experiment
     entry = workshop.scores()
@@ -162,10 +173,19 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
     figures.roc(folder / "roc.png", table, title)
     figures.histogram(folder / "scores.png", table, title)
     figures.samples(folder / "samples.png", workshop.preview(), experiment.images.pixels[experiment.keep])
+    memorisation = workshop.memorisation()
+    shutil.copyfile(memorisation / "near_copies.npz", folder / "near_copies.npz")
+    with np.load(folder / "near_copies.npz", allow_pickle=False) as pairs:
+        figures.near_copies(folder / "near_copies.png", pairs["generated"], pairs["training"], pairs["ratio"])
+    _save_exposed(folder / "exposed.npz", table, experiment)
+    chosen = next(c for c in experiment.candidates if c.settings == facts["selection"]["settings"])
     result = Result(
         {"status": "done", "name": name}
         | identity(config)
+        | experiment.comparable()
         | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
+        | controls.run(workshop, table, chosen)
+        | {"memorisation": json.loads((memorisation / "memorisation.json").read_text())}
         | facts["cost"]
         | {
             "weights": experiment.weights,
@@ -185,6 +205,15 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
     (folder / "metrics.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     log.info("AUC %.4f, 95%% interval [%.4f, %.4f]", result["auc"], *result["auc_ci"])
     return result
+
+
+def _save_exposed(path: Path, table: ScoreTable, experiment: Experiment) -> None:
+    """The members with the highest and the lowest scores, highest first: `sample_id`, `score`, `images`."""
+    order = np.argsort(-table.score, kind="stable")
+    members = order[table.is_member[order]]
+    members = np.concatenate([members[:MOST_EXPOSED], members[MOST_EXPOSED:][-LEAST_EXPOSED:]])
+    images = experiment.images.pixels[np.flatnonzero(experiment.audited)[members]]
+    np.savez(path, allow_pickle=False, sample_id=table.sample_id[members], score=table.score[members], images=images)
 
 
 def _epochs(training: Plain, experiment: Experiment) -> float | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from diffmia_exp import runs, selection
+from diffmia_exp import memorisation, runs, selection
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
 from diffmia_exp.diffusion import Diffusion
@@ -37,13 +39,14 @@ class Workshop:
     def train(self, index: int, position: str = "") -> Path:
         """The store entry of model `index`, trained if need be; `position` says which of how many it is."""
         e = self.experiment
-        spec, role = e.model_spec(index), "target" if index == e.target_index else "shadow"
+        spec, role = e.model_spec(index), e.role(index)
         if (found := e.stores["models"].get(spec)) is not None:
             return found
         net, label = e.net(index), f"training {role} model {index}{position}"
-        recipe = e.recipe if index == e.target_index else e.shadow_recipe
-        pixels = e.images.pixels[e.split.keep[index]]
-        return self._trained(spec, net, pixels, recipe, e.seed, index, f"m{index}", label)
+        recipe = e.shadow_recipe if role == "shadow" else e.recipe
+        row = e.draws(index)
+        name = f"m{row}" if row == index else f"m{row}-held-out"
+        return self._trained(spec, net, e.images.pixels[e.members(index)], recipe, e.seed, row, name, label)
 
     def _trained(
         self, spec: Plain, net: torch.nn.Module, pixels: Pixels, recipe: Recipe, seed: int, index: int, name: str, label: str
@@ -64,7 +67,7 @@ class Workshop:
         """Target and shadows, or the one model that was asked for."""
         e = self.experiment
         one = e.config["model_index"]
-        wanted = [one] if one is not None else [e.target_index, *e.shadows]
+        wanted = [one] if one is not None else e.models
         for n, index in enumerate(wanted):
             log.info("model %d (%d of %d) is in %s", index, n + 1, len(wanted), self.train(index, f" ({n + 1} of {len(wanted)})"))
 
@@ -74,6 +77,10 @@ class Workshop:
             return self._loaded[1:]
         self._loaded = None  # before the next one takes its place
         e = self.experiment
+        if index == e.untrained:
+            diffusion = self._ready(e.net(index))
+            self._loaded = index, diffusion, {}
+            return diffusion, {}
         if e.config["checkpoint"] is not None and index == e.target_index:
             path, facts = runs.existing_file("checkpoint", e.config["checkpoint"]), {}
         else:
@@ -98,6 +105,10 @@ class Workshop:
         except RuntimeError as error:
             name, reason = e.config["model"].get("name", "?"), " ".join(str(error).split())[:160]
             raise ConfigError("checkpoint", path, f"does not fit model={name} ({reason}..); choose the model it was trained as") from None
+        return self._ready(net)
+
+    def _ready(self, net: torch.nn.Module) -> Diffusion:
+        e = self.experiment
         dtype = getattr(torch, e.evaluation.precision)
         net = net.eval() if dtype == torch.float32 else net.eval().to(dtype)
         return e.diffusion(net).to(e.evaluation.torch_device)
@@ -125,20 +136,21 @@ class Workshop:
 
         return sample
 
-    def measured(self, index: int, candidate: Candidate, position: str = "") -> Path:
-        """The store entry of a candidate's signals on model `index`."""
+    def measured(self, index: int, candidate: Candidate, position: str = "", images: Images | None = None) -> Path:
+        """The store entry of a candidate's signals on model `index`, of `images` if given."""
         e = self.experiment
 
         def make(folder: Path) -> None:
             diffusion = self.model(index)[0]
-            images = e.images.where(e.measured)
-            access = e.threat_model.grant(diffusion, candidate.attack.access, len(images), self._sampler(index))
+            everything = e.images.where(e.measured)
+            shown = everything if images is None else images
+            access = e.threat_model.grant(diffusion, candidate.attack.access, max(len(everything), len(shown)), self._sampler(index))
             label = f"measuring {e.config['attack']['name']}{position}"
-            out, cost = measure(candidate.attack, access, Home(self, index), images, e.evaluation, diffusion.device, label)
+            out, cost = measure(candidate.attack, access, Home(self, index), shown, e.evaluation, diffusion.device, label)
             np.save(folder / "signals.npy", out, allow_pickle=False)
             (folder / "cost.json").write_text(json.dumps(cost))
 
-        return e.stores["signals"].get_or_make(e.signals_spec(index, candidate), make)
+        return e.stores["signals"].get_or_make(e.signals_spec(index, candidate, images), make)
 
     def signals(self, candidate: Candidate) -> Signals:
         """A candidate's signals on the target and on all shadows that its attack needs."""
@@ -148,6 +160,56 @@ class Workshop:
         at, shadows = e.measured, read[1:] or [np.empty((0, *read[0].shape))]
         keep, pool = e.split.keep[e.shadows][:, at], e.split.pool[e.shadows][:, at]
         return Signals(e.images.sample_id[at], read[0], np.concatenate(shadows).reshape(-1, *read[0].shape), keep, pool, e.split.public[at])
+
+    def judged(self, candidate: Candidate, index: int) -> NDArray[np.float64]:
+        """Scores of the audited images with model `index` in the target's place, judged by the target's shadows."""
+        e = self.experiment
+        position = f" on the {e.role(index)} model"
+        signals = replace(
+            self.signals(candidate), target=np.load(self.measured(index, candidate, position) / "signals.npy", allow_pickle=False)
+        )
+        return candidate.attack.judge(signals)[e.audited[e.measured]]
+
+    def judged_generated(self, candidate: Candidate) -> NDArray[np.float64]:
+        """Scores of the target's own generated images, judged among the measured ones, as members of no model's pool.
+
+        Their ids are below all others, so that no image shares their noise.
+        """
+        e, pixels, real = self.experiment, self.preview(), self.signals(candidate)
+        generated = Images(pixels, min(int(e.images.sample_id.min()), 0) - 1 - np.arange(len(pixels)))
+        rows = [e.target_index, *e.shadows]
+        entries = [self.measured(row, candidate, f" on generated images{_of(n, rows)}", generated) for n, row in enumerate(rows)]
+        target, *shadows = (np.load(entry / "signals.npy", allow_pickle=False) for entry in entries)
+        none = np.zeros((len(e.shadows), len(pixels)), bool)
+        signals = Signals(
+            np.concatenate([real.sample_id, generated.sample_id]),
+            np.concatenate([real.target, target]),
+            np.concatenate([real.shadows, np.stack(shadows)], axis=1)
+            if shadows
+            else np.empty((0, len(real.sample_id) + len(pixels), target.shape[1])),
+            np.concatenate([real.keep, none], axis=1),
+            np.concatenate([real.pool, none], axis=1),
+            np.concatenate([real.public, np.zeros(len(pixels), bool)]),
+        )
+        return candidate.attack.judge(signals)[-len(pixels) :]
+
+    def memorisation(self) -> Path:
+        """The store entry that compares the target's generated images with its training images, and with the held-out ones."""
+        e = self.experiment
+        members, held_out = e.images.where(e.members(e.target_index)), e.images.where(e.members(e.held_out))
+        spec = {
+            "memorisation": e.attacked(e.target_index),
+            "preview": PREVIEW,
+            "members": members.fingerprint,
+            "held_out": held_out.fingerprint,
+        }
+
+        def make(folder: Path) -> None:
+            facts, pairs = memorisation.compare(self.preview(), members, held_out)
+            (folder / "memorisation.json").write_text(json.dumps(facts, allow_nan=False))
+            np.savez(folder / "near_copies.npz", allow_pickle=False, **pairs)
+
+        return e.stores["controls"].get_or_make(spec, make)
 
     def scores(self) -> Path:
         """The store entry of the target's scores, and how settings and thresholds were chosen."""

@@ -28,11 +28,13 @@ from tests.composing import CONF, composed, names
 SIX = ["loss", "trajectory", "secmi", "pia", "pian", "sima"]
 KEYS = "status attack threat_model dataset seed auc auc_ci tpr_at_fpr nfe_per_image n_members n_nonmembers weights train_key epochs seconds"
 FILES = {"metrics.json", "scores.parquet", "config.yaml", "roc.png", "scores.png", "samples.png", "run.log"}
+FILES |= {"exposed.npz", "near_copies.npz", "near_copies.png"}
 
 
 def quick(output_dir: Path, *overrides: str) -> runs.Result:
     pool = [] if any(o.startswith(("split=", "split.pool=")) for o in overrides) else ["split.pool=32"]
-    return run(composed("debug=quick", f"output_dir={output_dir}", *pool, *overrides))
+    bare = [] if any(o.startswith("evaluation=") for o in overrides) else ["evaluation=bare"]
+    return run(composed("debug=quick", f"output_dir={output_dir}", *pool, *bare, *overrides))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -82,7 +84,7 @@ def test_a_run_folder_keeps_its_contract(grid: tuple[Path, list[str]]) -> None:
         assert (result["n_members"], result["n_nonmembers"]) == (table.is_member.sum(), (~table.is_member).sum())
         assert len(np.unique(table.sample_id)) == 32
         assert result["epochs"] == pytest.approx(4 * 8 / result["n_members"])
-        for picture in ("roc", "scores", "samples"):
+        for picture in ("roc", "scores", "samples", "near_copies"):
             with Image.open(folder / f"{picture}.png") as image:
                 assert min(image.size) > 300
                 assert len(image.convert("L").getcolors() or range(999)) > 20, "an empty picture"
