@@ -70,7 +70,7 @@ def run(workshop: Workshop, table: ScoreTable, candidate: Candidate) -> Plain:
     out: dict[str, Plain] = {}
     for name in e.evaluation.controls:
         if name == "blind":
-            if (tested := _tested_blindly(workshop)) is not None:
+            if (tested := tested_blindly(workshop)) is not None:
                 out[name] = verdict(name, tested)
         elif name == "permuted":
             shuffled = np.random.default_rng(e.seed).permutation(table.is_member)
@@ -141,8 +141,8 @@ def _prior_scores(workshop: Workshop) -> Floats:
     return -np.concatenate([prior_bpd(schedule, x).numpy() for x in parts])
 
 
-def _tested_blindly(workshop: Workshop) -> ScoreTable | None:
-    """The model-blind classifier's scores, which depend on images and membership alone and are kept for all attacks."""
+def tested_blindly(workshop: Workshop) -> ScoreTable | None:
+    """The model-blind classifier's scores, which depend on images and membership alone and are kept for all attacks; None for too few."""
     e = workshop.experiment
     audited, is_member = e.images.where(e.audited), e.keep[e.audited]
     if (fewest := int(min(is_member.sum(), (~is_member).sum()))) < blind.LEAST:
