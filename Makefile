@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench grid clean
+.PHONY: help demo test test-browser lint bench grid report clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train a target on digits, attack it, print the table (about 3 minutes)
 	$(BIN)/python run.py
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-browser: $(READY) ## Run the tests of the report in Chromium, which must be installed
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
@@ -26,6 +29,9 @@ bench: $(READY) ## Print ratios of speed and memory, measured in one run
 
 grid: $(READY) ## Run an experiment: make grid EXPERIMENT=gray_box_grid
 	$(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid)
+
+report: $(READY) ## Write an HTML report: make report RUNS=outputs/runs
+	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs)
 
 clean: ## Delete the virtual environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,9 +1,8 @@
-"""The pictures of one run (ROC, score histogram, generated beside training images) and of one along its training."""
+"""The pictures of one run (ROC, score histogram, generated beside training images)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -58,22 +57,6 @@ def histogram(path: Path, table: ScoreTable, title: str) -> None:
     axes.set(xlabel="score (higher = member; outer 1% drawn at the edges)", ylabel="images")
     axes.set_title(title, fontsize=10, color=INK)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-
-
-def along_training(path: Path, results: list[dict[str, Any]]) -> None:
-    """AUC against epochs for every attack, with the 95% interval of each point, from the metrics of snapshots of one target."""
-    figure, axes = _axes(6.4, 4.2)
-    for n, name in enumerate(sorted({r["label"] for r in results})):
-        runs = sorted((r for r in results if r["label"] == name), key=lambda r: r["epochs"])
-        epochs, area = [r["epochs"] for r in runs], [r["auc"] for r in runs]
-        colour, line = f"C{n % 10}", ("-", "--")[n // 10 % 2]
-        axes.plot(epochs, area, marker="o", ms=3, lw=1.5, label=name, color=colour, ls=line)
-        axes.fill_between(epochs, [r["auc_ci"][0] for r in runs], [r["auc_ci"][1] for r in runs], alpha=0.08, color=colour, lw=0)
-    axes.axhline(0.5, color=INK, lw=1, ls=":")
-    axes.set(xscale="log", xlabel="epochs", ylabel="AUC")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.grid(True, which="major", alpha=0.25)
     figure.savefig(path)
 
 

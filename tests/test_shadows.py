@@ -115,21 +115,3 @@ def test_every_part_of_the_headline_uses_the_same_models(name: str, tmp_path: Pa
     assert experiment.split.n_models == 17
     assert experiment.key(0) == "32ab285070feeb10"
     assert 200 < experiment.keep.sum() < 312
-
-
-def test_a_table_has_one_row_per_attack_over_its_targets(lira: Path, tmp_path: Path) -> None:
-    from diffmia_exp import table
-
-    aucs = [quick(lira, *MODELS, "attack=multi_loss", f"split.target_index={index}")["auc"] for index in (0, 1, 3)]
-    quick(lira, *MODELS, "attack=lira", "attack.name=other")
-    table.main([str(path) for path in lira.glob("runs/multi_loss-*")] + [str(next(lira.glob("runs/other-*"))), "--out", str(tmp_path)])
-    lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert len(lines) == 3
-    row = next(line for line in lines if line.startswith("multi_loss,")).split(",")
-    assert row[2] == "3"
-    assert float(row[3]) == pytest.approx(np.mean(aucs))
-    half = 4.302652729911275 * np.std(aucs, ddof=1) / np.sqrt(3)  # Student's t, two degrees of freedom
-    assert float(row[4]) == pytest.approx(np.mean(aucs) - half)
-    assert "| `other(multi_loss)` | gray_box | 1 |" in (tmp_path / "table.md").read_text()
-    with pytest.raises(SystemExit, match="no finished run"):
-        table.main([str(tmp_path), "--out", str(tmp_path)])

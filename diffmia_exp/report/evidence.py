@@ -1,0 +1,115 @@
+"""What follows from several score tables of one group: agreement and comparison of attacks, ROC curves with bands, exposure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from diffmia_exp import metrics
+from diffmia_exp.report.collect import Run
+from diffmia_exp.report.groups import Group, Row, aligned
+
+Floats = NDArray[np.float64]
+CURVE = 120
+"""Points of a drawn ROC curve at most, evenly spaced in the logarithm of the FPR; every FPR below 1% of small sets is among them."""
+
+AGREEING = 20
+"""Attacks whose agreement is shown at most: the number of pairs grows with the square."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """TPR [k] at the FPRs [k], with the ends of its band."""
+
+    fpr: Floats
+    tpr: Floats
+    low: Floats
+    high: Floats
+
+
+def curve(row: Row) -> Curve:
+    """The exact ROC curve at FPRs that are whole numbers of false positives, the mean over the runs of a row.
+
+    The band is Clopper-Pearson's for one run; over several it is their range, since few runs give no useful pointwise interval.
+    """
+    n, m = (min(int(run.metrics[key]) for run in row.runs) for key in ("n_nonmembers", "n_members"))
+    fpr = np.unique(np.geomspace(1, n, CURVE).round()) / n
+    tprs = np.stack([_tpr(run, fpr) for run in row.runs])
+    tpr = tprs.mean(0)
+    if len(tprs) > 1:
+        return Curve(fpr, tpr, tprs.min(0), tprs.max(0))
+    k = (tpr * m).round()
+    with np.errstate(invalid="ignore"):
+        low, high = stats.beta.ppf(0.025, k, m - k + 1), stats.beta.ppf(0.975, k + 1, m - k)
+    return Curve(fpr, tpr, np.where(k == 0, 0.0, low), np.where(k == m, 1.0, high))
+
+
+def _tpr(run: Run, fpr: Floats) -> Floats:
+    exact = metrics.roc(run.table.is_member, run.table.score)
+    at = np.searchsorted(exact.fpr, fpr + 1e-12, side="right") - 1  # the largest FPR that does not exceed it
+    return exact.tpr[at]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Which members attacks find on one target: `found` bool [attacks, members] at an FPR, rank correlation of members' scores."""
+
+    rows: tuple[Row, ...]
+    fpr: float
+    found: NDArray[np.bool_]
+    correlation: Floats
+
+    def both(self, a: int, b: int) -> tuple[int, int]:
+        """Members that both find, and that at least one finds."""
+        return int((self.found[a] & self.found[b]).sum()), int((self.found[a] | self.found[b]).sum())
+
+
+def agreement(on: dict[Row, Run]) -> Agreement | None:
+    """Between the strongest attacks on one target, at 1% FPR or, where the non-members do not resolve it, 10%; None where there is one."""
+    if len(on) < 2:
+        return None
+    rows = sorted(on, key=lambda row: -row.auc[0])[:AGREEING]
+    n = int(on[rows[0]].metrics["n_nonmembers"])
+    fpr = 0.01 if n >= 100 else 0.1
+    found, scores = [], []
+    for row in rows:
+        is_member, score = aligned(on[row])
+        curve = metrics.roc(is_member, score)
+        found.append(score[is_member] >= curve.threshold[np.flatnonzero(curve.fpr <= fpr)[-1]])
+        scores.append(stats.rankdata(score[is_member]))
+    with np.errstate(invalid="ignore"):
+        correlation = np.corrcoef(np.stack(scores))
+    return Agreement(tuple(rows), fpr, np.stack(found), correlation)
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """A member of some target: its exposure, in how many score tables it was a member, and its pixels if a run kept them."""
+
+    sample_id: int
+    exposure: float
+    tables: int
+    pixels: NDArray[np.uint8] | None
+
+
+def exposure(group: Group, images: dict[int, NDArray[np.uint8]]) -> list[Exposed]:
+    """Members by exposure, most exposed first.
+
+    The exposure of a member in one table is the share of non-members that score below it (half of those that score the same), so
+    that its mean over members is the AUC. It is averaged over the attacks, seeds and targets of the group in which the image is a
+    member. Images that are in less than half as many tables as others are left out: their mean is of too few.
+    """
+    total: dict[int, list[float]] = {}
+    for row in group.final:
+        for run in row.runs:
+            table = run.table
+            members, others = table.score[table.is_member], np.sort(table.score[~table.is_member])
+            below = (np.searchsorted(others, members, "left") + np.searchsorted(others, members, "right")) / 2 / len(others)
+            for sample_id, share in zip(table.sample_id[table.is_member].tolist(), below.tolist(), strict=True):
+                total.setdefault(sample_id, []).append(share)
+    most = max(map(len, total.values()))
+    listed = [Exposed(i, float(np.mean(v)), len(v), images.get(i)) for i, v in total.items() if 2 * len(v) >= most]
+    return sorted(listed, key=lambda e: (-e.exposure, e.sample_id))
