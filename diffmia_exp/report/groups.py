@@ -170,7 +170,7 @@ def _of_equal_data(runs: list[Run]) -> list[list[Run]]:
 
 
 def _rows(runs: list[Run], found: Collection) -> list[Row]:
-    """One row per attack with its settings, threat model and attacked weights, by threat model and best first."""
+    """One row per attack with its settings, threat model and attacked weights: by threat model, snapshots last, best first."""
     rows: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.seed, run.target_index, str(run.folder))):
         repetitions = rows.setdefault(digest(flat(identity(run))), [])
@@ -190,7 +190,7 @@ def _rows(runs: list[Run], found: Collection) -> list[Row]:
         auc = estimate([run.metrics["auc"] for run in repetitions], one.metrics["auc_ci"])
         snapshot = one.metrics.get("snapshot")
         made.append(Row(one.label, settings, str(one.metrics["threat_model"]), snapshot, tuple(repetitions), auc, base))
-    return sorted(made, key=lambda row: (access(row.threat_model), -row.auc[0]))
+    return sorted(made, key=lambda row: (access(row.threat_model), row.snapshot is not None, -row.auc[0]))
 
 
 def _letter(n: int) -> str:

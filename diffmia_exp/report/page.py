@@ -74,7 +74,7 @@ def _section(group: Group, found: Collection) -> Plain:
         "verdicts": [_verdict(group, tm) for tm in group.threat_models],
         "controls": _controls(group),
         "comparisons": [],
-        "epsilons": [(row, run) for row in group.final for run in row.runs if run.metrics.get("epsilon")],
+        "epsilons": _epsilons(group),
         "cdi": None,
         "most": [(e, png(e.pixels)) for e in exposed[:SHOWN]],
         "least": [(e, png(e.pixels)) for e in exposed[SHOWN:][-SHOWN:][::-1]],
@@ -113,6 +113,30 @@ def _controls(group: Group) -> Plain:
         if cells:
             lines.append((row, cells))
     return {"names": names, "lines": lines}
+
+
+def _epsilons(group: Group) -> list[Plain]:
+    """Lower bounds of epsilon: one line per attack and kind of bound, with that of each run."""
+    lines = []
+    for row in group.final:
+        found = [run.metrics.get("epsilon") or {} for run in row.runs]
+        for bound in dict.fromkeys(name for bounds in found for name in bounds):
+            of = [bounds[bound] for bounds in found if bound in bounds]
+            guessed = [f"{number(b.get('correct'))} of {number(b['guesses'])}" for b in of if b.get("guesses") is not None]
+            verdicts = [b.get("valid") for b in of]
+            line = {
+                "row": row,
+                "bound": str(bound),
+                "epsilon": ", ".join(number(b.get("epsilon")) for b in of),
+                "guesses": ", ".join(guessed),
+            }
+            line |= {"delta": of[0].get("delta"), "confidence": of[0].get("confidence")}
+            line |= {
+                "valid": False if False in verdicts else verdicts[0],
+                "whys": list(dict.fromkeys(b["why"] for b in of if b.get("why"))),
+            }
+            lines.append(line)
+    return lines
 
 
 def _memorisation(group: Group, found: Collection) -> list[Plain]:
