@@ -1,5 +1,6 @@
 """Run folders -> one HTML page, or a Markdown, CSV or LaTeX table.
 
-`collect.py` reads what is there and says what cannot be read, `groups.py` puts together what may be compared, `evidence.py` computes
-what follows from several score tables, `figures.py` draws, `page.py` and `tables.py` write.
+`collect.py` finds what is there and says what cannot be shown, `reading.py` reads one run, `settings.py` says what must be equal,
+`groups.py` puts together what may be compared, `evidence.py` computes what follows from several score tables, `figures.py` and
+`score_figures.py` describe the drawings of `drawing.py`, `page.py` and `tables.py` write.
 """

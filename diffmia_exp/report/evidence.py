@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffmia_exp import metrics
-from diffmia_exp.report.collect import Run
 from diffmia_exp.report.groups import Group, Row, aligned
+from diffmia_exp.report.reading import Run
 
 Floats = NDArray[np.float64]
 CURVE = 120

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffmia_exp.config import Plain
-from diffmia_exp.report.collect import Collection, Run
+from diffmia_exp.report.collect import Collection
+from diffmia_exp.report.reading import Run
 from diffmia_exp.report.settings import comparable, flat, identity, varying
 from diffmia_exp.store import digest
 

@@ -20,9 +20,10 @@ from PIL import Image
 from diffmia_exp import __version__
 from diffmia_exp.config import Plain
 from diffmia_exp.report import evidence, figures, pictures
-from diffmia_exp.report.collect import Collection, Note, Run
+from diffmia_exp.report.collect import Collection, Note
 from diffmia_exp.report.drawing import interval
 from diffmia_exp.report.groups import Group, Row, target_runs
+from diffmia_exp.report.reading import Run
 from diffmia_exp.report.settings import varying
 
 TEMPLATES = Path(__file__).with_name("templates")

@@ -7,8 +7,9 @@ import zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from diffmia_exp.report.collect import Collection, Run
+from diffmia_exp.report.collect import Collection
 from diffmia_exp.report.groups import Group
+from diffmia_exp.report.reading import Run
 
 Pixels = NDArray[np.uint8]
 
@@ -43,7 +44,10 @@ def _arrays(run: Run, name: str, keys: tuple[str, ...], found: Collection) -> di
         found.note("damaged", path, f"cannot be read ({(str(e).splitlines() or [''])[0][:200]}); the run's other results are shown")
         return {}
     pixels = [arrays[key] for key in keys if key in ("images", "generated", "training")]
-    wrong = any(p.dtype != np.uint8 or p.ndim != 4 or p.shape[1] not in (1, 3) for p in pixels)
+    kinds = {"sample_id": "iu", "ratio": "f"}
+    wrong = any(arrays[key].dtype.kind not in kinds[key] for key in keys if key in kinds) or any(
+        p.dtype != np.uint8 or p.ndim != 4 or p.shape[1] not in (1, 3) for p in pixels
+    )
     if wrong or len({len(array) for array in arrays.values()}) != 1:
         found.note("damaged", path, "holds arrays of other shapes than expected; the run's other results are shown")
         return {}

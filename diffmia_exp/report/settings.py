@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffmia_exp.config import Plain
-from diffmia_exp.report.collect import Run
+from diffmia_exp.report.reading import Run
 
 
 def comparable(run: Run) -> Plain:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from diffmia_exp.errors import UserError
+from diffmia_exp.report import pictures
 from diffmia_exp.report.collect import Collection, Note, collect
+from diffmia_exp.report.groups import grouped
 from diffmia_exp.scores import ScoreTable
 from tests.report import building
 
@@ -75,6 +77,14 @@ def test_each_damage_is_listed_with_its_reason_and_the_others_are_shown(runs: Pa
     (run := runs / "empty-one").mkdir()
     expected[run] = "unfinished", "metrics.json is missing"
 
+    (run := another()).joinpath("config.yaml").write_text("split: {target_index: one}")
+    expected[run] = "damaged", "split.target_index is 'one', no whole number"
+    unusual = [{"train_key": [1]}, {"snapshot": "last"}, {"epochs": "many"}, {"unsound": "yes"}, {"versions": 3}, {"memorisation": 2}]
+    unusual += [{"tpr_at_fpr": {"0.1": {"resolvable": True}}}, {"controls": {"blind": {"auc": "x"}}}, {"epsilon": {"one_run": 2}}]
+    unusual += [{"controls": {"blind": {"auc": 0.5, "auc_ci": 0.4}}}, {"controls": {"generated": {"called_members": "all"}}}]
+    for change in unusual:
+        expected[alter(another(), **change)] = "damaged", f"{next(iter(change))} is of another form than expected"
+
     found = collect([runs.parent])
     assert [run.folder for run in found.runs] == [good]
     for path, (kind, why) in expected.items():
@@ -82,6 +92,27 @@ def test_each_damage_is_listed_with_its_reason_and_the_others_are_shown(runs: Pa
         assert note.kind == kind, note
         assert why in note.why, note
     assert len(found.notes) == len(expected)
+
+
+def test_pictures_that_cannot_be_read_are_listed_and_the_run_is_shown(runs: Path) -> None:
+    for seed, content in enumerate(
+        ({}, {"sample_id": ["a"], "images": [0]}, {"sample_id": [1, 2], "images": np.zeros((1, 1, 8, 8), np.uint8)})
+    ):
+        np.savez(building.write(runs, building.config(seed=seed)) / "exposed.npz", **content)
+    (building.write(runs, building.config(seed=4)) / "near_copies.npz").write_bytes(b"PK nothing")
+    np.savez(
+        building.write(runs, building.config(seed=5)) / "exposed.npz",
+        sample_id=np.array([{}], dtype=object),
+        images=np.array([{}], dtype=object),
+    )
+    found = collect([runs])
+    (group,) = grouped(found)
+    pictures.exposed(group, found)
+    for run in group.runs:
+        pictures.near_copies(run, found)
+    assert [(note.kind, Path(note.where).name) for note in found.notes] == [("damaged", "exposed.npz")] * 4 + [
+        ("damaged", "near_copies.npz")
+    ]
 
 
 def test_runs_of_an_older_format_are_shown_with_a_reservation(runs: Path) -> None:
@@ -133,7 +164,10 @@ def test_a_cell_that_failed_and_succeeded_since_says_so_and_a_lost_run_is_missed
 
 
 def test_a_folder_without_runs_is_no_error_but_one_that_is_not_there_is(tmp_path: Path) -> None:
-    (tmp_path / "models" / "0123").mkdir(parents=True)
+    for store, file in {"controls": "scores.parquet", "models": "run.log"}.items():  # entries of a store are no runs
+        (tmp_path / store / "0123").mkdir(parents=True)
+        (tmp_path / store / "0123" / "spec.yaml").touch()
+        (tmp_path / store / "0123" / file).touch()
     found = collect([tmp_path])
     assert found.runs == []
     assert [note.kind for note in found.notes] == ["nothing here"]
