@@ -73,7 +73,7 @@ def samples(path: Path, generated: Pixels, members: Pixels, side: int = 8) -> No
 def near_copies(path: Path, generated: Pixels, training: Pixels, ratio: NDArray[np.float64], columns: int = 4) -> None:
     """Pairs side by side, a generated image and the training image it comes closest to, uint8 [k, C, H, W], with the ratio [k]."""
     figure = Figure(figsize=(7.2, 0.6 + 1.1 * -(-len(ratio) // columns)), dpi=120, layout="constrained")
-    for axes in (cells := figure.subplots(-(-len(ratio) // columns), columns, squeeze=False).flat):
+    for axes in (cells := figure.subplots(-(-len(ratio) // columns), columns, squeeze=False).flatten()):
         axes.set_axis_off()
     for axes, *pair, r in zip(cells, generated, training, ratio, strict=False):
         axes.imshow(_grid(np.stack(pair), 2, 1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")

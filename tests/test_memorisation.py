@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffmia_exp import memorisation
+from diffmia_exp import figures, memorisation
 from diffmia_exp.data import Images, Pixels
 from diffmia_exp.memorisation import compare, nearest, ratios
 
@@ -85,3 +88,15 @@ def test_lookalikes_are_found_as_often_among_held_out_images() -> None:
 def test_copies_of_held_out_images_are_told_from_copies_of_training_images() -> None:
     facts, _ = compare(DIGITS[500:505], Images(DIGITS[:400], np.arange(400)), Images(DIGITS[400:800], np.arange(400, 800)))
     assert (facts["near_copies"], facts["near_copies_of_held_out"]) == (0, 5)
+
+
+@pytest.mark.parametrize("k", [1, 6, 16])
+def test_the_picture_shows_every_pair(k: int, tmp_path: Path) -> None:
+    generated, training = np.zeros((k, 3, 9, 9), np.uint8), np.zeros((k, 3, 9, 9), np.uint8)
+    generated[:, 0], training[:, 2] = 255, 255
+    figures.near_copies(tmp_path / "pairs.png", generated, training, np.linspace(0.1, 0.9, k))
+    with Image.open(tmp_path / "pairs.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    red, blue = ((pixels == colour).all(2).sum() for colour in ([255, 0, 0], [0, 0, 255]))
+    assert red == pytest.approx(blue, rel=0.05)
+    assert red > k * 40 * 40
