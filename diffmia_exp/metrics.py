@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 from sklearn.metrics import roc_curve
 
 Floats = NDArray[np.float64]
@@ -37,25 +37,55 @@ def roc(is_member: NDArray[np.bool_], score: Floats) -> Roc:
 def auc(is_member: NDArray[np.bool_], score: Floats, level: float = 0.95) -> tuple[float, Interval]:
     """Area under the ROC curve = P(member > non-member) + P(equal) / 2, with its interval.
 
-    The variance is DeLong's (DeLong, DeLong, Clarke-Pearson 1988) in the rank form of Sun & Xu (2014), the interval normal on the
-    logit scale, so that it stays within [0, 1]. Where the classes are perfectly separated that variance is 0; the interval is then
-    Clopper-Pearson's for min(m, n) disjoint pairs, which are independent trials with success probability AUC. A class with one
-    score shows no variance of its own; the largest possible, AUC (1 - AUC), stands in for it.
+    The variance is DeLong's (DeLong, DeLong, Clarke-Pearson 1988). The interval is symmetric on the logit scale, so that it stays
+    within [0, 1], with Student's t for the few images that carry the variance where the AUC is near 0 or 1 (`delong`). Where the
+    classes are perfectly separated the variance is 0; the interval is then Clopper-Pearson's for min(m, n) disjoint pairs, which
+    are independent trials with success probability AUC.
+    """
+    members, nonmembers = placements(is_member, score)
+    area = float(members.mean())
+    variance, df = delong(members, nonmembers, area * (1 - area))
+    if variance <= 0 or not 0 < area < 1:
+        pairs = min(len(members), len(nonmembers))
+        low, high = clopper_pearson(math.floor(area * pairs), pairs, level)[0], clopper_pearson(math.ceil(area * pairs), pairs, level)[1]
+        return area, (min(low, area), max(high, area))
+    centre = np.log(area / (1 - area))
+    half = stats.t.ppf(0.5 + level / 2, df) * np.sqrt(variance) / (area * (1 - area))
+    return area, (float(special.expit(centre - half)), float(special.expit(centre + half)))
+
+
+def placements(is_member: NDArray[np.bool_], score: Floats) -> tuple[Floats, Floats]:
+    """Per member the share of non-members below it [m], per non-member the share of members above it [n]; an equal score counts 1/2.
+
+    Both have the AUC as their mean. They are DeLong's structural components, in the rank form of Sun & Xu (2014).
     """
     positive, negative = score[is_member], score[~is_member]
     m, n = len(positive), len(negative)
     ranks = stats.rankdata(np.concatenate([positive, negative]))
-    v10 = (ranks[:m] - stats.rankdata(positive)) / n  # per member: share of non-members below it
-    v01 = 1 - (ranks[m:] - stats.rankdata(negative)) / m  # per non-member: share of members above it
-    area = float(v10.mean())
-    variance = float(sum((v.var(ddof=1) if len(v) > 1 else area * (1 - area)) / len(v) for v in (v10, v01)))
-    if variance <= 0 or not 0 < area < 1:
-        pairs = min(m, n)
-        low, high = clopper_pearson(math.floor(area * pairs), pairs, level)[0], clopper_pearson(math.ceil(area * pairs), pairs, level)[1]
-        return area, (min(low, area), max(high, area))
-    centre = np.log(area / (1 - area))
-    half = stats.norm.ppf(0.5 + level / 2) * np.sqrt(variance) / (area * (1 - area))
-    return area, (float(1 / (1 + np.exp(half - centre))), float(1 / (1 + np.exp(-half - centre))))
+    return (ranks[:m] - stats.rankdata(positive)) / n, 1 - (ranks[m:] - stats.rankdata(negative)) / m
+
+
+def delong(members: Floats, nonmembers: Floats, largest: float) -> tuple[float, float]:
+    """DeLong's variance of an AUC, or of a difference of two, from its placements; and the degrees of freedom of that variance.
+
+    V = s^2(members) / m + s^2(nonmembers) / n with df = 2 V^2 / Var(V) (Satterthwaite 1946), where Var(s^2) is not the normal one
+    but estimated from the fourth moment: near AUC 1 nearly all placements are 1 and a handful make up the variance.
+
+    Args:
+        members: placements of members [m], or differences of two such.
+        nonmembers: the same of non-members [n].
+        largest: the largest variance that a placement can have; it stands in for the variance of a class with one score.
+    """
+    variance = uncertainty = 0.0
+    for v in (members, nonmembers):
+        k = len(v)
+        if k == 1:
+            variance += largest
+            continue
+        spread = float(v.var(ddof=1))
+        variance += spread / k
+        uncertainty += float(((v - v.mean()) ** 4).mean() - spread**2 * (k - 3) / (k - 1)) / k**3
+    return variance, 2 * variance**2 / uncertainty if uncertainty > 0 else math.inf
 
 
 def tpr_at_fpr(is_member: NDArray[np.bool_], score: Floats, target: float) -> dict[str, Any]:
