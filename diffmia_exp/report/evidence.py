@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from diffmia_exp import metrics
-from diffmia_exp.report.groups import Group, Row, aligned
+from diffmia_exp import intervals, metrics
+from diffmia_exp.report.groups import Estimate, Group, Row, aligned, names
 from diffmia_exp.report.reading import Run
 
 Floats = NDArray[np.float64]
@@ -106,10 +106,42 @@ def exposure(group: Group, images: dict[int, NDArray[np.uint8]]) -> list[Exposed
     for row in group.final:
         for run in row.runs:
             table = run.table
-            members, others = table.score[table.is_member], np.sort(table.score[~table.is_member])
-            below = (np.searchsorted(others, members, "left") + np.searchsorted(others, members, "right")) / 2 / len(others)
+            below = metrics.placements(table.is_member, table.score)[0]
             for sample_id, share in zip(table.sample_id[table.is_member].tolist(), below.tolist(), strict=True):
                 total.setdefault(sample_id, []).append(share)
     most = max(map(len, total.values()))
     listed = [Exposed(i, float(np.mean(v)), len(v), images.get(i)) for i, v in total.items() if 2 * len(v) >= most]
     return sorted(listed, key=lambda e: (-e.exposure, e.sample_id))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The strongest attack on a target against another one: difference of their AUCs, and the corrected p-value."""
+
+    best: str
+    other: str
+    difference: Estimate
+    p: float
+
+
+def comparisons(on: dict[Row, Run]) -> list[Comparison]:
+    """The strongest attack on a target against each other one on the same images: DeLong's paired test, corrected by Holm."""
+    rows = sorted(on, key=lambda row: -float(on[row].metrics["auc"]))
+    if len(rows) < 2:
+        return []
+    is_member, best = aligned(on[rows[0]])
+    tests = [intervals.compare(is_member, best, aligned(on[row])[1]) for row in rows[1:]]
+    corrected = intervals.holm([test.p_value for test in tests])
+    strongest, *others = names(rows)
+    return [
+        Comparison(strongest, other, (test.difference, *test.interval), float(p))
+        for other, test, p in zip(others, tests, corrected, strict=True)
+    ]
+
+
+def over_targets(row: Row) -> Estimate | None:
+    """The mean AUC with its hierarchical bootstrap interval over targets and images; None below three targets, which tell too little."""
+    if len(row.runs) < 3:
+        return None
+    mean, interval = intervals.hierarchical_bootstrap([(run.table.is_member, run.table.score) for run in row.runs], n=1000)
+    return mean, *interval

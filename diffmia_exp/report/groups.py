@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
+from diffmia_exp import intervals
 from diffmia_exp.config import Plain
 from diffmia_exp.report.collect import Collection
 from diffmia_exp.report.reading import Run
@@ -138,9 +138,8 @@ def estimate(values: Sequence[float], of_one: Sequence[float]) -> Estimate:
     """Mean over repetitions with its interval (Student's t); the interval of the one run where there is one only."""
     if len(values) == 1:
         return float(values[0]), float(of_one[0]), float(of_one[1])
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return mean, max(0.0, mean - half), min(1.0, mean + half)
+    mean, (low, high) = intervals.mean_interval(values)
+    return mean, max(0.0, low), min(1.0, high)
 
 
 def grouped(found: Collection) -> list[Group]:

@@ -74,7 +74,7 @@ def _section(group: Group, found: Collection) -> Plain:
         "figures": [(figure, Markup(figure.svg())) for figure in figures.of(group, agree)],
         "verdicts": [_verdict(group, tm) for tm in group.threat_models],
         "controls": _controls(group),
-        "comparisons": [],
+        "comparisons": evidence.comparisons(on),
         "epsilons": _epsilons(group),
         "cdi": None,
         "most": [(e, png(e.pixels)) for e in exposed[:SHOWN]],
@@ -92,7 +92,9 @@ def _verdict(group: Group, threat_model: str) -> Plain:
     best = rows[0]
     unsound = list(dict.fromkeys(why for row in rows for why in row.unsound))
     said = "above chance" if best.auc[1] > 0.5 else "not told from chance" if best.auc[2] >= 0.5 else "below chance"
-    return {"threat_model": threat_model, "row": best, "of": len(rows), "said": said, "sound": _joint(rows), "unsound": unsound}
+    return {"threat_model": threat_model, "row": best, "of": len(rows), "said": said, "sound": _joint(rows), "unsound": unsound} | {
+        "over_targets": evidence.over_targets(best)
+    }
 
 
 def _joint(rows: Sequence[Row]) -> bool | None:

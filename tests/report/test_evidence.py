@@ -104,6 +104,34 @@ def test_only_attacks_on_the_same_target_are_compared(tmp_path: Path) -> None:
     assert len(targets) == 2
     for _, on in targets:
         assert evidence.agreement(on) is None
+        assert evidence.comparisons(on) == []
+
+
+def test_the_strongest_attack_is_compared_with_each_other_and_p_values_are_corrected(tmp_path: Path) -> None:
+    for attack, effect in {"pia": 2.0, "loss": 1.9, "sima": 0.2}.items():
+        building.write(tmp_path, building.config(attack), effect=effect)
+    (_, on), *_ = target_runs(group_of(tmp_path))
+    compared = {c.other: c for c in evidence.comparisons(on)}
+    assert len(compared) == 2
+    aucs = {row.name: row.auc[0] for row in on}
+    best = max(aucs, key=lambda name: aucs[name])
+    for other, c in compared.items():
+        assert c.best == best
+        assert c.difference[0] == pytest.approx(aucs[best] - aucs[other])
+        assert c.difference[1] < c.difference[0] < c.difference[2]
+    assert compared["sima"].p < 0.001
+
+
+def test_several_targets_have_an_interval_over_targets_and_images(tmp_path: Path) -> None:
+    for target in range(4):
+        building.write(tmp_path, building.config("pia", target_index=target))
+    building.write(tmp_path, building.config("loss"))
+    pia, loss = sorted(group_of(tmp_path).rows, key=lambda row: -len(row.runs))
+    over = evidence.over_targets(pia)
+    assert over is not None
+    assert over[0] == pytest.approx(pia.auc[0])
+    assert over[1] < over[0] < over[2]
+    assert evidence.over_targets(loss) is None
 
 
 def test_figures_are_drawn_where_there_is_reason_and_say_what_they_show(tmp_path: Path) -> None:
