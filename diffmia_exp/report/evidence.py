@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from diffmia_exp import intervals, metrics
-from diffmia_exp.report.groups import Estimate, Group, Row, aligned, names
+from diffmia_exp import intervals, metrics, set_inference
+from diffmia_exp.report.groups import Estimate, Group, Row, access, aligned, names
 from diffmia_exp.report.reading import Run
 
 Floats = NDArray[np.float64]
@@ -18,6 +18,9 @@ CURVE = 120
 
 AGREEING = 20
 """Attacks whose agreement is shown at most: the number of pairs grows with the square."""
+
+SET_LEVEL = 2000
+"""Members, and non-members, that set-level inference draws at most."""
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,33 @@ def over_targets(row: Row) -> Estimate | None:
         return None
     mean, interval = intervals.hierarchical_bootstrap([(run.table.is_member, run.table.score) for run in row.runs], n=1000)
     return mean, *interval
+
+
+@dataclass(frozen=True)
+class SetLevel:
+    """CDI on one target: attacks of one threat model, the sizes of the two sets, the p-value, and images needed for p < 0.01."""
+
+    threat_model: str
+    attacks: int
+    members: int
+    nonmembers: int
+    p: float
+    needed: int | None
+
+
+def set_level(on: dict[Row, Run]) -> list[SetLevel]:
+    """Were the members, as a set, in the training data? By the scores of all attacks of a threat model on a target, if there are several.
+
+    At most SET_LEVEL images of each kind are drawn, so that it takes moments.
+    """
+    made = []
+    for threat_model in dict.fromkeys(row.threat_model for row in on):
+        tables = [aligned(run) for row, run in on.items() if row.threat_model == threat_model]
+        is_member, scores = tables[0][0], np.stack([score for _, score in tables], axis=1)
+        rng = np.random.default_rng(0)
+        members, others = (scores[rng.permutation(np.flatnonzero(mask))[:SET_LEVEL]] for mask in (is_member, ~is_member))
+        if len(tables) < 2 or min(len(members), len(others)) < set_inference.LEAST:
+            continue
+        p, needed = set_inference.p_value(members, others, splits=21), set_inference.images_needed(members, others, draws=11)
+        made.append(SetLevel(threat_model, len(tables), len(members), len(others), p, needed))
+    return sorted(made, key=lambda level: access(level.threat_model))

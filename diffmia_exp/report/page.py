@@ -39,7 +39,15 @@ def html(found: Collection, groups: Sequence[Group], sources: Iterable[Path]) ->
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"interval": interval, "number": number, "duration": duration, "facet": facet, "yaml": as_yaml, "share": share}
+    environment.filters |= {
+        "interval": interval,
+        "number": number,
+        "duration": duration,
+        "facet": facet,
+        "yaml": as_yaml,
+        "share": share,
+        "p": p_value,
+    }
     script = (TEMPLATES / "page.js").read_text()
     return environment.get_template("page.html").render(
         groups=[_section(group, found) for group in groups],
@@ -76,7 +84,7 @@ def _section(group: Group, found: Collection) -> Plain:
         "controls": _controls(group),
         "comparisons": evidence.comparisons(on),
         "epsilons": _epsilons(group),
-        "cdi": None,
+        "cdi": evidence.set_level(on),
         "most": [(e, png(e.pixels)) for e in exposed[:SHOWN]],
         "least": [(e, png(e.pixels)) for e in exposed[SHOWN:][-SHOWN:][::-1]],
         "pictured": any(e.pixels is not None for e in exposed[:SHOWN]),
@@ -202,6 +210,11 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def p_value(value: float) -> str:
+    """A p-value as papers print it."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def share(value: float) -> str:

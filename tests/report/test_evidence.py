@@ -134,6 +134,21 @@ def test_several_targets_have_an_interval_over_targets_and_images(tmp_path: Path
     assert evidence.over_targets(loss) is None
 
 
+def test_a_set_is_recognised_where_the_attacks_say_something_and_not_where_they_do_not(tmp_path: Path) -> None:
+    for attack in ("pia", "loss"):
+        building.write(tmp_path, building.config(attack), effect=1.0)
+        building.write(tmp_path, building.config(attack, threat_model="white_box"), effect=0.0)
+    building.write(tmp_path, building.config("knn", threat_model="samples_only"))
+    (_, on), *_ = target_runs(group_of(tmp_path))
+    strong, weak = evidence.set_level(on)
+    assert (strong.threat_model, strong.attacks, strong.members + strong.nonmembers) == ("gray_box", 2, 240)
+    assert strong.p < 1e-4
+    assert strong.needed is not None
+    assert 4 <= strong.needed < 60
+    assert (weak.threat_model, weak.needed) == ("white_box", None)
+    assert weak.p > 0.05
+
+
 def test_figures_are_drawn_where_there_is_reason_and_say_what_they_show(tmp_path: Path) -> None:
     outputs = building.sweep(tmp_path)
     group = grouped(collect([outputs]))[0]
