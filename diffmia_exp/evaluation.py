@@ -33,6 +33,7 @@ class Evaluation:
         drop_duplicates: leave non-members that equal a member out of the audit.
         controls: which of CONTROLS are run beside the attack.
         blind: the classifier of the `blind` control, one of BLIND.
+        delta: of the privacy definition whose epsilon is bounded from below.
     """
 
     batch_size: int = 256
@@ -42,6 +43,7 @@ class Evaluation:
     drop_duplicates: bool = False
     controls: tuple[str, ...] = ()
     blind: str = "classical"
+    delta: float = 1e-5
 
     def __post_init__(self) -> None:
         whole("batch_size", self.batch_size, least=1)
@@ -57,6 +59,7 @@ class Evaluation:
         for control in self.controls:
             choice("controls", control, CONTROLS)
         choice("blind", self.blind, BLIND)
+        number("delta", self.delta, least=0, most=1)
 
     @property
     def torch_device(self) -> str:

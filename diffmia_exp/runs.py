@@ -11,6 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 MOST_EXPOSED, LEAST_EXPOSED = 32, 16
 """Members that exposed.npz shows."""
+
+AUDIT_SHARES = (1, 2, 4, 8, 16)
+"""The one-run audit guesses all images, or one in two, .., the surest ones; its bound is corrected for taking the best."""
 
 LIBRARIES = ("torch", "pytorch-lightning", "diffusers", "numpy", "scikit-learn")
 
@@ -191,6 +195,7 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
             "weights": experiment.weights,
             "snapshot": experiment.snapshot,
             "selection": facts["selection"],
+            "epsilon": epsilon(experiment, table, facts["selection"].get("thresholds", {})),
             "transfer": selection.transferred(table.is_member, table.score, facts["selection"].get("thresholds", {})),
             "train_key": experiment.key(experiment.target_index),
             "run_key": experiment.run_key(),
@@ -205,6 +210,34 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
     (folder / "metrics.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     log.info("AUC %.4f, 95%% interval [%.4f, %.4f]", result["auc"], *result["auc_ci"])
     return result
+
+
+def epsilon(experiment: Experiment, table: ScoreTable, thresholds: dict[str, float | None]) -> Plain:
+    """Lower bounds of epsilon at `evaluation.delta`, by name, with `valid` and where need be `why` (not).
+
+    Args:
+        experiment: the cell.
+        table: its scores.
+        thresholds: those chosen on shadows, by FPR.
+    """
+    from diffmia_exp import audit
+
+    if experiment.config["split"]["_target_"] != "diffmia_exp.split.bernoulli":
+        why = "the split did not include every image independently with probability 1/2, as split=bernoulli does"
+    elif len(table.score) < experiment.split.pool[experiment.target_index].sum():
+        why = "evaluation.drop_duplicates left out images by their membership"
+    else:
+        why = None
+    if why is not None:
+        return {"one_run": {"valid": False, "why": why}}
+    delta, images = experiment.evaluation.delta, len(table.score)
+    guesses = sorted({max(2, images // share // 2 * 2) for share in AUDIT_SHARES})
+    bound = audit.one_run(table.is_member, table.score, guesses, bernoulli=True, delta=delta, seed=experiment.seed)
+    out: Plain = {"one_run": asdict(bound) | {"valid": True}}
+    if chosen := [threshold for threshold in thresholds.values() if threshold is not None]:
+        bound = audit.classical(table.is_member, table.score, chosen, delta=delta)
+        out["classical"] = asdict(bound) | {"valid": None, "why": "presumes that the images of one training are independent trials"}
+    return out
 
 
 def _save_exposed(path: Path, table: ScoreTable, experiment: Experiment) -> None:

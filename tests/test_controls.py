@@ -13,10 +13,11 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
-from diffmia_exp import blind, controls, metrics
+from diffmia_exp import audit, blind, controls, metrics, runs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.experiment import Experiment
+from diffmia_exp.pipeline import run
 from diffmia_exp.scores import ScoreTable
 from diffmia_exp.workshop import Workshop
 from tests import command
@@ -55,8 +56,9 @@ def test_members_of_other_classes_are_flagged_and_an_honest_split_is_not(tmp_pat
     assert result["sound"] is False
     assert result["controls"]["blind"]["auc_ci"][0] > 0.75
     assert len(result["unsound"]) == 1
-    again = command.run(*only, *split_file(tmp_path, shifted=True))
-    assert again.stdout.splitlines()[0] == shifted.stdout.splitlines()[0], "also where the run is found"
+    again = run(composed(*only, *split_file(tmp_path, shifted=True)))
+    assert again.cached
+    assert again["unsound"] == result["unsound"], "also where the run is found"
     honest = quick(tmp_path, "evaluation=default", "evaluation.controls=[blind]", *split_file(tmp_path, shifted=False))
     assert (honest["sound"], honest["unsound"]) == (True, [])
     assert honest.folder is not None
@@ -162,9 +164,9 @@ def test_a_blind_classifier_finds_nothing_in_random_membership(kind: str) -> Non
     digits = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
     rng = np.random.default_rng(0)
     areas, alarms = [], 0
-    for run in range(8):
+    for seed in range(8):
         pixels, is_member = digits[rng.permutation(len(digits))[:100]], rng.random(100) < 0.5
-        tested, score = blind.classify(pixels, is_member, kind, run)
+        tested, score = blind.classify(pixels, is_member, kind, seed)
         assert tested.sum() in (79, 80, 81)
         areas.append(metrics.auc(is_member[tested], score)[0])
         alarms += controls.verdict("blind", ScoreTable(np.flatnonzero(tested), is_member[tested], score))["sound"] is False
@@ -228,9 +230,9 @@ def test_the_p_value_is_that_of_the_exact_permutation_test() -> None:
 
 def test_a_control_at_one_half_rarely_raises_an_alarm() -> None:
     rng = np.random.default_rng(0)
-    runs = [controls.verdict("untrained", table(*rng.normal(size=(2, 100)).tolist())) for _ in range(1500)]
-    assert sum(not run["sound"] for run in runs) <= 7  # of 1.5 expected; more in 2 of 10,000 simulations
-    assert sum(run["auc_ci"][0] > 0.5 or run["auc_ci"][1] < 0.5 for run in runs) / 1500 == pytest.approx(0.05, abs=0.02)
+    found = [controls.verdict("untrained", table(*rng.normal(size=(2, 100)).tolist())) for _ in range(1500)]
+    assert sum(not one["sound"] for one in found) <= 7  # of 1.5 expected; more in 2 of 10,000 simulations
+    assert sum(one["auc_ci"][0] > 0.5 or one["auc_ci"][1] < 0.5 for one in found) / 1500 == pytest.approx(0.05, abs=0.02)
 
 
 def test_what_a_control_is_expected_to_be() -> None:
@@ -275,3 +277,36 @@ def test_stage_attack_trains_no_held_out_model(full: Path) -> None:
     with pytest.raises(ConfigError, match="needs model 5 to be trained; run the same with stage=train first"):
         quick(full, *settings, "stage=attack")
     assert experiment(full, 2).models == [2, 0, 1, 5], "what stage=train makes"
+
+
+def test_epsilon_is_bounded_for_coin_flips_alone(tmp_path: Path) -> None:
+    def bounds(*overrides: str) -> tuple[Experiment, ScoreTable, dict]:
+        e = Experiment(checked(composed(*overrides, f"output_dir={tmp_path}")))
+        e.load()
+        score = e.keep[e.audited] + np.random.default_rng(0).normal(size=e.audited.sum()) / 4
+        scores = ScoreTable(e.images.sample_id[e.audited], e.keep[e.audited], score)
+        return e, scores, runs.epsilon(e, scores, {"0.1": 0.5, "0.001": None})
+
+    e, scores, found = bounds()
+    assert found["one_run"]["valid"] is True
+    assert (found["one_run"]["delta"], found["one_run"]["confidence"], found["one_run"]["tried"]) == (1e-5, 0.95, 5)
+    each = [audit.one_run(scores.is_member, scores.score, k, bernoulli=True, delta=1e-5, confidence=0.99) for k in (256, 128, 64, 32, 16)]
+    assert found["one_run"]["epsilon"] == pytest.approx(max(bound.epsilon for bound in each), rel=1e-9)
+    assert found["one_run"]["epsilon"] > 1
+    assert (found["classical"]["valid"], found["classical"]["tried"]) == (None, 1)
+    assert list(runs.epsilon(e, scores, {})) == ["one_run"]
+    assert runs.epsilon(e, scores, {}) == json.loads(json.dumps(runs.epsilon(e, scores, {}), allow_nan=False))
+    refused = bounds("split=exact")[2]
+    assert list(refused) == ["one_run"]
+    assert refused["one_run"]["valid"] is False
+    assert "split=bernoulli" in refused["one_run"]["why"]
+    fewer = ScoreTable(scores.sample_id[1:], scores.is_member[1:], scores.score[1:])
+    assert "drop_duplicates" in runs.epsilon(e, fewer, {})["one_run"]["why"]
+
+
+def test_the_smallest_audit_has_a_bound(full: Path) -> None:
+    for path in full.glob("runs/*/metrics.json"):
+        bound = json.loads(path.read_text())["epsilon"]["one_run"]
+        assert bound["images"] == 48
+        assert 2 <= bound["guesses"] <= 48
+        assert bound["epsilon"] >= 0
