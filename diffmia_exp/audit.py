@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from diffmia_exp import metrics
 from diffmia_exp.errors import ConfigError, UserError, number
@@ -110,8 +110,10 @@ def p_value(images: int, guesses: int, correct: int, epsilon: float, delta: floa
     Steinke, Nasr, Jagielski 2023, the theorem for approximate differential privacy and the code of its appendix D.
     """
     accuracy = 1 / (1 + math.exp(-epsilon))
-    tail = float(stats.binom.sf(correct - 1, guesses, accuracy))
-    if delta == 0 or correct == 0:
+    if correct == 0:
+        return 1.0
+    tail = float(special.bdtrc(correct - 1, guesses, accuracy))
+    if delta == 0:
         return tail
     below = np.cumsum(stats.binom.pmf(np.arange(correct - 1, -1, -1), guesses, accuracy))
     return min(1.0, tail + 2 * images * delta * float((below / np.arange(1, correct + 1)).max()))
