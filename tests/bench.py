@@ -156,10 +156,13 @@ def gsa() -> bool:
 
 
 def signals() -> bool:
-    """Signals of 16 models on 2,000 images, weights read one model after the other, against the bare forwards of the same inputs."""
+    """Signals of 16 shadows on 2,000 images, weights read one model after the other, against the bare forwards of the same inputs."""
     with tempfile.TemporaryDirectory() as out:
-        data = ["split.pool=1785", "split.n_models=17", "training.steps=1", "training.batch_size=8", "tracking=none"]
-        experiment = Experiment(checked(composed("attack=reference", "attack@attack.host=loss", f"output_dir={out}", *data)))
+        shown = digits().take(np.arange(1797))
+        np.savez(f"{out}/images.npz", images=np.concatenate([shown, shown[:203, :, :, ::-1]])[:, 0])
+        data = ["dataset=arrays", f"dataset.path={out}/images.npz", "dataset.image_size=8", "dataset.channels=1", "split.pool=null"]
+        once = ["split.n_models=17", "training.steps=1", "training.batch_size=8", "tracking=none"]
+        experiment = Experiment(checked(composed("attack=reference", f"output_dir={out}", *data, *once)))
         experiment.load()
         workshop = Workshop(experiment)
         workshop.train_all()
@@ -172,9 +175,9 @@ def signals() -> bool:
         for index in experiment.shadows[1:]:
             bare = timed(lambda: replay(diffusion, calls))
             ratios.append(timed(lambda index=index: workshop.measured(index, candidate)) / bare)
-    images = int(experiment.measured.sum())
+    what = f"signals of a shadow / bare forwards ({int(experiment.measured.sum())} images)"
     return line(
-        f"signals of a shadow / bare forwards ({images} images)", statistics.median(ratios), 1.05, f"median of {len(ratios)} shadows"
+        what, statistics.median(ratios), 1.05, f"median of {len(ratios)} shadows, {candidate.attack.nfe(1000)} evaluations an image"
     )
 
 
@@ -240,7 +243,12 @@ def memory() -> bool:
             np.savez(f"{out}/{n}.npz", images=np.random.default_rng(0).integers(0, 256, (n, 16, 16), dtype=np.uint8))
             data = ["dataset=arrays", f"dataset.path={out}/{n}.npz", "dataset.image_size=16", "dataset.channels=1", "split.pool=null"]
             peaks.append(run(*data, "training.steps=3", "tracking=none", f"output_dir={out}/{n}")[1])
-    return line("peak memory at 10,000 images / at 1,000", peaks[1] / peaks[0], 1.10, f"{peaks[1]:.0f} MiB, {peaks[0]:.0f} MiB")
+        for n_models in (3, 33):
+            shadows = ["attack=reference", f"split.n_models={n_models}", "training.steps=3", "tracking=none"]
+            peaks.append(run(*shadows, f"output_dir={out}/shadows")[1])
+    few, many, two, thirty_two = peaks
+    flat = line("peak memory at 10,000 images / at 1,000", many / few, 1.10, f"{many:.0f} MiB, {few:.0f} MiB")
+    return line("peak memory with 32 shadows / with 2", thirty_two / two, 1.10, f"{thirty_two:.0f} MiB, {two:.0f} MiB") and flat
 
 
 if __name__ == "__main__":
