@@ -72,13 +72,16 @@ def samples(path: Path, generated: Pixels, members: Pixels, side: int = 8) -> No
 
 def near_copies(path: Path, generated: Pixels, training: Pixels, ratio: NDArray[np.float64], columns: int = 4) -> None:
     """Pairs side by side, a generated image and the training image it comes closest to, uint8 [k, C, H, W], with the ratio [k]."""
-    figure = Figure(figsize=(7.2, 0.6 + 1.1 * -(-len(ratio) // columns)), dpi=120, layout="constrained")
-    for axes in (cells := figure.subplots(-(-len(ratio) // columns), columns, squeeze=False).flatten()):
-        axes.set_axis_off()
-    for axes, *pair, r in zip(cells, generated, training, ratio, strict=False):
-        axes.imshow(_grid(np.stack(pair), 2, 1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(f"{r:.2f}", fontsize=8, color=INK)
-    figure.suptitle("generated image | nearest training image; ratio of distances (a copy below 0.50)", fontsize=9, color=INK)
+    rows = -(-len(ratio) // columns)
+    figure, axes = _axes(7.2, 0.5 + 0.9 * rows)
+    sheet = _grid(np.stack([generated, training], 1).reshape(-1, *generated.shape[1:]), 2 * columns, rows)
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    h, w = sheet.shape[0] / rows, sheet.shape[1] / columns
+    for n, r in enumerate(ratio):
+        label = {"facecolor": "white", "lw": 0, "pad": 1.5}
+        axes.text(n % columns * w, n // columns * h, f"{r:.2f}", fontsize=7, color=INK, va="top", bbox=label)
+    axes.set_axis_off()
+    axes.set_title("generated image | nearest training image; ratio of distances (a copy below 0.50)", fontsize=9, color=INK)
     figure.savefig(path)
 
 
