@@ -87,7 +87,7 @@ def one_run(
         )
     if stats.binomtest(int(is_member.sum()), total).pvalue < 1e-6:
         raise UserError(f"{int(is_member.sum())} members of {total} images cannot come from inclusion with probability 1/2")
-    ks = [guesses] if isinstance(guesses, int) else list(guesses)
+    ks = list(guesses) if isinstance(guesses, Sequence) else [guesses]
     for k in ks:
         if not isinstance(k, int) or k % 2 or not 2 <= k <= total:
             raise ConfigError("guesses", k, f"must be an even number from 2 to {total}, the images of the audit")
@@ -124,7 +124,7 @@ def epsilon_bound(images: int, guesses: int, correct: int, delta: float, alpha: 
     low, high = 0.0, 1.0
     while p_value(images, guesses, correct, high, delta) < alpha:
         low, high = high, 2 * high
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(images, guesses, correct, middle, delta) < alpha else (low, middle)
     return low if p_value(images, guesses, correct, 0.0, delta) < alpha else 0.0
@@ -160,9 +160,9 @@ def classical(
     """
     table(is_member, score)
     _check(delta, confidence)
-    thresholds = [threshold] if isinstance(threshold, int | float) else list(threshold)
-    if not thresholds or not np.isfinite(thresholds).all():
-        raise ConfigError("threshold", threshold, "must be one finite number, or several")
+    thresholds = [number("threshold", c) for c in (threshold if isinstance(threshold, Sequence) else [threshold])]
+    if not thresholds:
+        raise ConfigError("threshold", threshold, "must be a number, or several")
     level = 1 - (1 - confidence) / len(thresholds)
     m, n = int(is_member.sum()), int((~is_member).sum())
     found = []
@@ -170,7 +170,7 @@ def classical(
         true, false = int((score[is_member] >= c).sum()), int((score[~is_member] >= c).sum())
         tpr, fpr = metrics.clopper_pearson(true, m, level)[0], metrics.clopper_pearson(false, n, level)[1]
         ratio = max((tpr - delta) / fpr, (1 - fpr - delta) / (1 - tpr), 1.0)  # an upper limit is above 0, a lower one below 1
-        found.append((math.log(ratio), true + n - false, float(c)))
+        found.append((math.log(ratio), true + n - false, c))
     best, correct, at = max(found, key=lambda one: one[0])
     return Bound(best, delta, confidence, m + n, correct, m + n, len(thresholds), at)
 

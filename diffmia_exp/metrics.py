@@ -118,9 +118,11 @@ def balanced_accuracy(is_member: NDArray[np.bool_], score: Floats) -> float:
 
 
 def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> Interval:
-    """Exact binomial interval (Clopper & Pearson 1934)."""
-    ci = stats.binomtest(successes, trials).proportion_ci(level, method="exact")
-    return float(ci.low), float(ci.high)
+    """Exact binomial interval (Clopper & Pearson 1934), as quantiles of the beta distribution."""
+    tail, failures = (1 - level) / 2, trials - successes
+    low = float(special.betaincinv(successes, failures + 1, tail)) if successes else 0.0
+    high = float(special.betainccinv(successes + 1, failures, tail)) if failures else 1.0
+    return low, high
 
 
 def evaluate(is_member: NDArray[np.bool_], score: Floats, fprs: tuple[float, ...]) -> dict[str, Any]:

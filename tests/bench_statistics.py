@@ -190,8 +190,8 @@ def bounds() -> Iterator[tuple[str, float, str, Callable[[np.random.Generator], 
             "classical",
             lambda rng, e=epsilon: audit.classical(*response(rng, 2000, e), 0.5).epsilon,
         )
-    for sigma in (2.0, 1.0, 0.5):
-        for delta in (0.0001, 0.01):
+    for sigma, deltas in ((2.0, (0.01,)), (1.0, (0.0001, 0.01)), (0.5, (0.0001,))):
+        for delta in deltas:
             epsilon = gaussian_epsilon(sigma, delta)
             yield (
                 f"Gaussian, sigma {sigma}, delta {delta}, 200 guesses",
