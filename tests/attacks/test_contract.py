@@ -178,7 +178,7 @@ def test_a_signal_depends_on_its_image_alone(
     name: str, dtype: torch.dtype, tolerance: float, target: Diffusion, images: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     attack = built(name)
-    x, ids = images if dtype == torch.float32 else (images[0][:10], images[1][:10])  # 70 are more than one block
+    x, ids = images if dtype == torch.float32 else (images[0][:6], images[1][:6])  # 70 are more than one block
     net = target.net if dtype == torch.float32 else copy.deepcopy(target.net).double()
     access = attack.access(Diffusion(net, linear(T), image_shape=(1, 8, 8)))
     attack.prepare(access, HOME)
@@ -188,8 +188,6 @@ def test_a_signal_depends_on_its_image_alone(
     assert together.dtype == torch.float64
     assert bool(torch.isfinite(together).all())
     assert not together.requires_grad
-    if dtype == torch.float32:
-        assert torch.equal(together, attack.signal(access, x, ids)), "not deterministic"
 
     def close(some: torch.Tensor, expected: torch.Tensor) -> None:
         # Relative to each signal's size over the images: a pixel of an error map may be all but 0.
@@ -198,8 +196,9 @@ def test_a_signal_depends_on_its_image_alone(
 
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     close(attack.signal(access, x[order], ids[order]), together[order])
-    for size, n in ((1, 2), (7, 7)):
-        close(torch.cat([attack.signal(access, x[i : i + size], ids[i : i + size]) for i in range(0, n, size)]), together[:n])
+    one, others = (attack.signal(access, x[at], ids[at]) for at in (slice(0, 1), slice(1, 6)))
+    close(torch.cat([one, others]), together[:6])
+    assert torch.equal(one, attack.signal(access, x[:1], ids[:1])), "not deterministic"
 
 
 @pytest.mark.parametrize("name", ATTACKS)

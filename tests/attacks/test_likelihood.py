@@ -102,11 +102,3 @@ def test_too_few_evaluations(lab: Lab) -> None:
         attack.score(attack.access(lab.diffusion(torch.float32)), lab.x, lab.ids)
     with pytest.raises(ConfigError):
         attack.nfe(1)
-
-
-def test_a_score_does_not_depend_on_the_batch(lab: Lab) -> None:
-    attack = Likelihood(tolerance=0.1)
-    access = attack.access(lab.diffusion(torch.float32))
-    together = attack.score(access, lab.x, lab.ids)
-    torch.testing.assert_close(attack.score(access, lab.x[4:], lab.ids[4:]), together[4:], rtol=1e-5, atol=0)
-    torch.testing.assert_close(attack.score(access, lab.x.flip(0), lab.ids.flip(0)), together.flip(0), rtol=1e-5, atol=0)
