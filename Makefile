@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lint bench grid report clean
+.PHONY: help demo test test-browser lint bench bench-statistics grid report clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train a target on digits, attack it, print the table (about 3 minutes)
 	$(BIN)/python run.py
@@ -26,6 +26,9 @@ lint: $(READY) ## Check style and types
 
 bench: $(READY) ## Print ratios of speed and memory, measured in one run
 	$(BIN)/python -m tests.bench
+
+bench-statistics: $(READY) ## Simulate how often intervals cover, bounds hold and tests reject (docs/statistics.md)
+	$(BIN)/python -m tests.bench_statistics
 
 grid: $(READY) ## Run an experiment: make grid EXPERIMENT=gray_box_grid
 	$(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid)
