@@ -26,7 +26,9 @@ ROUNDING = 1e-12  # probabilities closer than that are equal
 
 
 def p_value(questioned: Floats, nonmembers: Floats, splits: int = 1, seed: int = 0) -> float:
-    """P-value of the hypothesis that the questioned images score no higher than the known non-members.
+    """P-value of the hypothesis that the questioned images are no members, and so alike the known non-members.
+
+    Which way each attack points is learned with the model: the test is one-sided in its output, the probability of membership.
 
     One split into halves gives a p-value that is uniform under the null, but depends on the split. Several are combined as twice their
     median, at most 1, which is valid however the p-values depend on each other (Rüger 1978; Meinshausen, Meier, Bühlmann 2009) and
