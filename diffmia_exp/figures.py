@@ -73,13 +73,14 @@ def samples(path: Path, generated: Pixels, members: Pixels, side: int = 8) -> No
 def near_copies(path: Path, generated: Pixels, training: Pixels, ratio: NDArray[np.float64], columns: int = 4) -> None:
     """Pairs side by side, a generated image and the training image it comes closest to, uint8 [k, C, H, W], with the ratio [k]."""
     rows = -(-len(ratio) // columns)
-    figure, axes = _axes(7.2, 0.5 + 0.9 * rows)
+    figure, axes = _axes(7.2, 0.5 + 1.1 * rows)
     sheet = _grid(np.stack([generated, training], 1).reshape(-1, *generated.shape[1:]), 2 * columns, rows)
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    h, w = sheet.shape[0] / rows, sheet.shape[1] / columns
+    lines = sheet.reshape(rows, -1, *sheet.shape[1:])
+    label = -(-lines.shape[1] // 4)  # pixels of white above each row of pairs
+    lines = np.pad(lines, [(0, 0), (label, 0)] + [(0, 0)] * (lines.ndim - 2), constant_values=255)
+    axes.imshow(lines.reshape(-1, *sheet.shape[1:]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for n, r in enumerate(ratio):
-        label = {"facecolor": "white", "lw": 0, "pad": 1.5}
-        axes.text(n % columns * w, n // columns * h, f"{r:.2f}", fontsize=7, color=INK, va="top", bbox=label)
+        axes.text(n % columns * sheet.shape[1] / columns, n // columns * lines.shape[1], f"{r:.2f}", fontsize=8, color=INK, va="top")
     axes.set_axis_off()
     axes.set_title("generated image | nearest training image; ratio of distances (a copy below 0.50)", fontsize=9, color=INK)
     figure.savefig(path)
