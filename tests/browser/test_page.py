@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from diffmia_exp.report.__main__ import report
+from tests import command
 from tests.report import building
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -47,6 +48,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of a grid of 32 cells that ran: eight attacks, two threat models, two seeds; half of gsa1's are not applicable."""
+    outputs = tmp_path_factory.mktemp("real")
+    grid = "attack=loss,multi_loss,secmi,pia,pian,sima,noise_aggregation,gsa1 threat_model=gray_box,white_box seed=0,1"
+    small = "debug=quick split.pool=48 split.n_models=2 training.steps=60 training.batch_size=24 evaluation=default"
+    done = command.run("-m", *grid.split(), *small.split(), "attack.rehearsals=1", f"output_dir={outputs}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "30 runs" in report([outputs], "html", outputs / "report.html")
+    return outputs
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None, "needs Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
@@ -60,15 +73,20 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def page(browser: Browser, address: str, said: list[str]) -> Iterator[Page]:
+def blank(browser: Browser, said: list[str]) -> Iterator[Page]:
     page = browser.new_page(viewport=WIDE)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url))
-    page.goto(address)
     yield page
     page.close()
     assert said == []
+
+
+@pytest.fixture
+def page(blank: Page, address: str) -> Page:
+    blank.goto(address)
+    return blank
 
 
 def lines(page: Page) -> list[list[str]]:
@@ -86,6 +104,33 @@ def auc(line: list[str]) -> float:
 def test_every_figure_and_picture_is_drawn_within_the_page(page: Page, size: Any) -> None:
     page.set_viewport_size(size)
     assert page.locator("figure").count() >= 15
+    all_is_drawn(page, size)
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["laptop", "phone"])
+def test_a_sweep_that_ran_is_shown_whole(blank: Page, real: Path, size: Any) -> None:
+    blank.set_viewport_size(size)
+    blank.goto((real / "report.html").as_uri())
+    results = [json.loads(file.read_text()) for file in real.glob("runs/*/metrics.json")]
+    done = [r for r in results if r["status"] == "done"]
+    assert len(done) == 30
+    all_is_drawn(blank, size)
+    shown = lines(blank)
+    assert {(line[0].split("\n")[0], line[5]) for line in shown} == {(r["attack"], r["threat_model"]) for r in done}
+    for line in shown:  # two seeds: the mean
+        of = [r["auc"] for r in done if (r["attack"], r["threat_model"]) == (line[0].split("\n")[0], line[5])]
+        assert len(of) == 2
+        assert auc(line) == pytest.approx(sum(of) / 2, abs=6e-4)
+    blank.locator("#board th", has_text="AUC").locator("button").click()
+    assert [auc(line) for line in lines(blank)] == sorted(map(auc, shown), reverse=True)
+    blank.locator("select[name=threat]").select_option("white_box")
+    assert {line[5] for line in lines(blank)} == {"white_box"}
+    assert len(lines(blank)) == 8
+    assert "needs white_box access" in blank.locator("#notes tbody").inner_text()
+    assert objections(blank, "rules: {}") == []
+
+
+def all_is_drawn(page: Page, size: Any) -> None:
     for figure in page.locator("figure").all():
         box = figure.locator("svg").bounding_box()
         assert box is not None
