@@ -56,33 +56,36 @@ def candidates(config: Plain) -> list[Candidate]:
         points: list[Plain] = [{}]
     else:
         points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return [Candidate(point, *_built(config | point, "attack")) for point in points]
+    made = [_built(config | point, "attack") for point in points]
+    return [Candidate(point, attack, measures) for point, (attack, _, measures) in zip(points, made, strict=True)]
 
 
-def _built(config: Plain, group: str) -> tuple[Attack, Plain]:
-    """An attack, inside its plug-in if it has one, and the part of the config that its signals depend on."""
+def _built(config: Plain, group: str) -> tuple[Attack, Plain, Plain]:
+    """An attack, inside its plug-in if it has one, what its scores depend on, and the part of that which its signals depend on."""
     arguments = {k: v for k, v in config.items() if k not in (*ABOUT, "host", "plugin")}
-    inner: Plain = {}
     extra: Plain = {}
+    scores: Plain = {}
+    measures: Plain = {}
     if "host" in config:
-        extra["host"], inner = _built(config["host"], f"{group}.host")
+        extra["host"], scores, measures = _built(config["host"], f"{group}.host")
     attack: Attack = build(group, arguments, Attack, **extra)
-    measures = _measures(attack, arguments, inner)
+    scores, measures = _depends(attack, arguments, scores, measures)
     if config.get("plugin"):
         plugin = {k: v for k, v in config["plugin"].items() if k != "name"}
         attack = build(f"{group}.plugin", plugin, Attack, host=attack)
-        measures = _measures(attack, plugin, measures)
-    return attack, measures
+        scores, measures = _depends(attack, plugin, scores, measures)
+    return attack, scores, measures
 
 
-def _measures(attack: Attack, arguments: Plain, host: Plain) -> Plain:
-    if getattr(attack, "relays", False):
-        return host
-    spec = {k: v for k, v in arguments.items() if k not in attack.judging} | ({"host": host} if host else {})
+def _depends(attack: Attack, arguments: Plain, host_scores: Plain, host_measures: Plain) -> tuple[Plain, Plain]:
+    """What an attack's scores depend on, and what its signals do: those of a host's that it relays, or of the host's scores."""
     features = arguments.get("features")
     if isinstance(features, dict) and features.get("weights"):  # what the file holds, not what it is called
-        spec["features"] = features | {"weights": sha256(Path(features["weights"]).expanduser())}
-    return spec
+        arguments = arguments | {"features": features | {"weights": sha256(Path(features["weights"]).expanduser())}}
+    host = {"host": host_scores} if host_scores else {}
+    if getattr(attack, "relays", False):
+        return arguments | host, host_measures
+    return arguments | host, {k: v for k, v in arguments.items() if k not in attack.judging} | host
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,12 @@ def test_what_only_the_judgement_uses_measures_nothing_anew() -> None:
     assert measures("attack=gsa1") != measures("attack=gsa1", "attack.n_timesteps=4")
     assert measures("attack=lira") != measures("attack=lira", "attack.host.t=[7]")
     assert measures("attack=pia") != measures("attack=pia", "attack/plugin=fremia")
+    assert measures("attack=trajectory") == measures("attack=trajectory", "attack.statistic=min", "attack.end=3")
+    assert measures("attack=trajectory") != measures("attack=trajectory", "attack.quantity=mse")
+    # But what takes the host's scores for its signals depends on how these are judged.
+    for host in ("attack/plugin=complexity", "attack@attack.host=trajectory"):
+        attack, at = ("quantile", "attack.host.statistic") if "host" in host else ("trajectory", "attack.statistic")
+        assert measures(f"attack={attack}", host) != measures(f"attack={attack}", host, f"{at}=min"), host
 
 
 @pytest.mark.parametrize("grid", ["{t: 50}", "{t: []}", "[1]", "{t: [50, 5000.5]}"])

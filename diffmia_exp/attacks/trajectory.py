@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.diffusion import Schedule
 from diffmia_exp.errors import ConfigError, choice, whole
 from diffmia_exp.noise import derive, gaussian
+from diffmia_exp.signals import Signals
 from diffmia_exp.threat_models import GrayBox
 
 QUANTITIES = ("vb", "mse", "xstart_mse", "total_bpd", "prior_bpd")
@@ -37,9 +40,10 @@ class Trajectory(Attack):
         xstart_mse_t = mean((x0_hat - x_0)^2)
         vb_t         = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per dimension; at t = 0 the discretised decoder NLL
 
-    The values of an image are sorted in descending order, sliced [start:end] and reduced; score = -statistic. Two quantities are
-    one number an image: total_bpd = stride * sum_t vb_t + prior_bpd, the (strided) variational bound, and prior_bpd =
-    KL(q(x_T | x_0) || N(0, I)), which holds no information about the model and serves as a control.
+    The signal keeps the timesteps apart. To judge, the values of an image are sorted in descending order, sliced [start:end] and
+    reduced; score = -statistic. Two quantities are one number an image: total_bpd = stride * sum_t vb_t + prior_bpd, the (strided)
+    variational bound, and prior_bpd = KL(q(x_T | x_0) || N(0, I)), which holds no information about the model and serves as a
+    control.
 
     The paper's targets learn sigma; here the reverse variance is fixed to beta_t (posterior variance of t = 1 at t = 0), the
     "fixed large" choice of Ho et al. It reports xstart_mse with the median for gray-box access and takes every timestep; the
@@ -54,6 +58,7 @@ class Trajectory(Attack):
     """
 
     access = GrayBox
+    judging = ("statistic", "start", "end")
 
     def __init__(
         self,
@@ -78,10 +83,10 @@ class Trajectory(Attack):
             raise ConfigError("start", self.start, f"leaves nothing of {steps} timesteps with end={self.end}")
         return 0 if self.quantity == "prior_bpd" else steps
 
-    def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
+    def signal(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
         schedule = access.schedule
         if self.quantity == "prior_bpd":
-            return -prior_bpd(schedule, x)
+            return -prior_bpd(schedule, x)[:, None]
         seed = derive(self.seed, "score")
         values = torch.empty(len(x), len(range(0, schedule.T, self.stride)), dtype=torch.float64, device=x.device)
         for i, t in enumerate(range(0, schedule.T, self.stride)):
@@ -97,8 +102,21 @@ class Trajectory(Attack):
                 error = vb(schedule, x, x_t, x0_hat, t)
             values[:, i] = error.flatten(1).mean(1)
         if self.quantity == "total_bpd":
-            return -(self.stride * values.sum(1) + prior_bpd(schedule, x))
-        ordered = values.sort(dim=1, descending=True).values[:, self.start : self.end]
+            return -(self.stride * values.sum(1) + prior_bpd(schedule, x))[:, None]
+        return -values
+
+    def judge(self, signals: Signals) -> NDArray[np.float64]:
+        reduced: NDArray[np.float64] = self.reduce(torch.from_numpy(signals.target)).numpy()
+        return reduced
+
+    def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
+        return self.reduce(self.signal(access, x, sample_id))
+
+    def reduce(self, signal: Tensor) -> Tensor:
+        """Scores [B] of signals [B, timesteps], or [B, 1] where the quantity is one number."""
+        if self.quantity in ("total_bpd", "prior_bpd"):
+            return signal[:, 0]
+        ordered = (-signal).sort(dim=1, descending=True).values[:, self.start : self.end]
         return -STATISTICS[self.statistic](ordered)
 
 
