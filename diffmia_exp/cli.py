@@ -1,4 +1,4 @@
-"""Around the pipeline: errors in one line, results in a table. Imports nothing heavy before a cell runs."""
+"""Around the pipeline: a cell of a grid, errors in one line. Imports nothing heavy before a cell runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffmia_exp import summary
 from diffmia_exp.config import GROUPS, SETTINGS, checked
 from diffmia_exp.errors import UserError, near
 
@@ -94,10 +95,10 @@ def guard(main: Callable[[], Any]) -> None:
             if isinstance(e, OSError) and not isinstance(e, HydraException) and not _finished:
                 e = UserError(f"output_dir: {e.filename} cannot be written to ({e.strerror}); give another folder")
             if not isinstance(e, UserError | HydraException | OmegaConfBaseException | ValueError):
-                _print_results()
+                summary.results(_finished)
                 raise
             _failed.append(one_line(e))
-    _print_results()
+    summary.results(_finished)
     for line in _failed:
         print(f"error: {line}", file=sys.stderr)
     if _failed:
@@ -181,58 +182,3 @@ def _keys() -> dict[str, list[str]]:
             content: Any = OmegaConf.to_container(OmegaConf.load(file))
             walk(f"{group}.", {k: v for k, v in content.items() if k not in ("defaults", "hydra", group)}, f"{group}={file.stem}")
     return owners
-
-
-def _print_results() -> None:
-    rows = [r for r in _finished if r["status"] != "trained"]
-    if not rows:
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    common = set.intersection(*(set(r.overrides) for r in rows))
-    columns = ("attack=", "threat_model=", "dataset=", "seed=")
-    varied = [" ".join(o for o in r.overrides if o not in common and not o.startswith(columns)) for r in rows]
-    fprs = list(dict.fromkeys(fpr for r in rows for fpr in r.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
-    alarms: dict[str, list[str]] = {}
-    for r in rows:
-        for sentence in r.get("unsound", ()):
-            alarms.setdefault(sentence, []).append(f"{r['attack']}, {r['threat_model']}, {r['dataset']}, seed {r['seed']}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for sentence, of in alarms.items():
-        more = f" and {len(of) - 1} more" if len(of) > 1 else ""
-        console.print(f"UNSOUND: {sentence} ({of[0]}{more})", style="bold red", soft_wrap=True, highlight=False, markup=False)
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading in ("attack", "threat model", "dataset", "seed", *(["settings"] if any(varied) else [])):
-        table.add_column(heading, no_wrap=heading != "settings")
-    for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time", "controls"):
-        table.add_column(heading, justify="right")
-    for r, settings in zip(rows, varied, strict=True):
-        start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"]), *([settings] if any(varied) else [])]
-        if r["status"] != "done":
-            table.add_row(*start, r["status"])
-            continue
-        cost = [f"{r['nfe_per_image']:g}", "found" if r.cached else f"{r['seconds']:.1f} s"]
-        cost.append({True: "sound", False: "UNSOUND", None: "none"}[r["sound"]])
-        table.add_row(*start, _interval(r["auc"], r["auc_ci"]), *(_tpr(r, fpr) for fpr in fprs), *cost)
-    console.print(table)
-    if len(rows) == 1 and rows[0].folder is not None:
-        console.print(f"run folder: {rows[0].folder}", soft_wrap=True, highlight=False)
-    for address in dict.fromkeys(_sync_command(r.tracked) for r in rows if r.tracked):
-        console.print(f"W&B: {address}", soft_wrap=True, highlight=False)
-
-
-def _sync_command(tracked: str) -> str:
-    """The address of an online run, or the command that uploads the offline ones, training runs included."""
-    return tracked if "://" in tracked else f"wandb sync --yes {os.path.dirname(tracked)}/offline-run-*"
-
-
-def _interval(value: float, ci: list[float]) -> str:
-    return f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
-
-
-def _tpr(result: dict[str, Any], fpr: str) -> str:
-    at = result["tpr_at_fpr"][fpr]
-    if not at["resolvable"]:
-        return f"unresolvable (1/{result['n_nonmembers']})"
-    return _interval(at["tpr"], at["ci"])
