@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _finished: list[Any] = []
-_failed: list[str] = []
+_failed: list[tuple[str, str]] = []
+"""Overrides (none for a run that is not part of a grid) and error."""
+_sweeps: list[Path] = []
 
 
 def cell(cfg: DictConfig) -> float | None:
@@ -36,25 +38,29 @@ def cell(cfg: DictConfig) -> float | None:
     given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # an override may hold an interpolation
     overrides = " ".join(given) or "defaults"
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    if sweep and sweep not in _sweeps:
+        _sweeps.append(sweep)
     try:
         config = checked(cfg)  # before the seconds that torch takes to import
         from diffmia_exp.pipeline import run
 
         result = run(config, sweep.name if sweep else None)
         if sweep:
-            done = {"status": result["status"], "cached": result.cached, "overrides": overrides, "run": result["name"]}
+            done = {"status": result["status"], "cached": result.cached, "overrides": overrides, "given": given, "run": result["name"]}
+            done |= {"folder": str(result.folder)} if result.folder else {}
+            done |= {"tracked": result.tracked} if result.tracked else {}
             (sweep / hydra.sweep.subdir / "status.json").write_text(json.dumps(done, indent=1))
             log.info("%s: %s%s", overrides, result["status"], " (found, not computed again)" if result.cached else "")
     except Exception as e:
         e = _out_of_space(e, f"output_dir={cfg.output_dir}")
         if sweep:
-            _failed.append(f"{overrides}: {one_line(e)}")
-            log.error("failed: %s", _failed[-1], exc_info=None if isinstance(e, UserError) else e)
+            _failed.append((overrides, one_line(e)))
+            log.error("failed: %s: %s", *_failed[-1], exc_info=None if isinstance(e, UserError) else e)
             with contextlib.suppress(OSError):  # the disk may be full
                 failed = {"status": "failed", "overrides": overrides, "error": one_line(e)}
                 (sweep / hydra.sweep.subdir / "status.json").write_text(json.dumps(failed, indent=1))
         elif isinstance(e, UserError):
-            _failed.append(one_line(e))
+            _failed.append(("", one_line(e)))
             sys.exit(1)  # unlike an exception, this is not commented on by Hydra
         raise e
     result.overrides = given
@@ -83,10 +89,11 @@ def guard(main: Callable[[], Any]) -> None:
     try:
         sys.argv[1:] = _arranged(sys.argv[1:])
         main()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except SystemExit:
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):  # Lightning turns one into the other
+            _tell()
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
         if not _failed:
             raise
     except Exception as e:
@@ -95,14 +102,21 @@ def guard(main: Callable[[], Any]) -> None:
             if isinstance(e, OSError) and not isinstance(e, HydraException) and not _finished:
                 e = UserError(f"output_dir: {e.filename} cannot be written to ({e.strerror}); give another folder")
             if not isinstance(e, UserError | HydraException | OmegaConfBaseException | ValueError):
-                summary.results(_finished)
+                _tell()
                 raise
-            _failed.append(one_line(e))
-    summary.results(_finished)
-    for line in _failed:
-        print(f"error: {line}", file=sys.stderr)
-    if _failed:
+            _failed.append(("", one_line(e)))
+    if _tell():
         sys.exit(1)
+
+
+def _tell() -> bool:
+    """Print the results, and every error as the last lines. Returns whether there was one."""
+    failed = [failure for sweep in _sweeps for failure in summary.sweep(sweep)]
+    if not _sweeps and _finished:
+        summary.single(_finished[0])
+    for line in summary.told(dict.fromkeys(failed + _failed)):
+        print(f"error: {line}", file=sys.stderr)
+    return bool(_failed)
 
 
 def _arranged(arguments: list[str]) -> list[str]:

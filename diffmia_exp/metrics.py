@@ -34,6 +34,11 @@ def roc(is_member: NDArray[np.bool_], score: Floats) -> Roc:
     return Roc(fpr, tpr, threshold)
 
 
+def tpr_at(curve: Roc, fpr: Floats) -> Floats:
+    """The TPR [k] at FPRs [k]: of each the largest FPR of the curve that does not exceed it."""
+    return curve.tpr[np.searchsorted(curve.fpr, fpr + 1e-12, side="right") - 1]
+
+
 def auc(is_member: NDArray[np.bool_], score: Floats, level: float = 0.95) -> tuple[float, Interval]:
     """Area under the ROC curve = P(member > non-member) + P(equal) / 2, with its interval.
 

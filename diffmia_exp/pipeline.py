@@ -43,7 +43,7 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
     result.folder = folder
     if experiment.tracking.effective_mode != "disabled" and not (folder / "wandb.json").exists():
         result.tracked = experiment.tracking.attack(experiment.output_dir, folder, config)
-        (folder / "wandb.json").write_text(json.dumps({"folder": result.tracked}))
+        (folder / "wandb.json").write_text(json.dumps({"folder": result.tracked} | experiment.tracking.place))
     return result
 
 

@@ -142,6 +142,7 @@ def not_applicable(output_dir: Path, name: str, config: Plain, reason: str, text
     """Record a cell that its threat model rules out."""
     where = folder(output_dir, name, digest({k: config[k] for k in ("threat_model", "attack", "seed", "name")}))
     result = Result(identity(config) | {"name": where.name, "status": "not applicable", "reason": reason})
+    result.folder = where
     log.info("not applicable: %s", reason)
     with writing(where, text) as unfinished:
         (unfinished / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

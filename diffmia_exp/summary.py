@@ -2,58 +2,173 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from diffmia_exp.runs import Result
 
+MOST = 20
+"""Lines of a leaderboard, of errors and of reasons at most; what is beyond is counted."""
 
-def results(finished: Sequence[Result]) -> None:
-    """Print the table of one run or of all cells of a grid."""
-    rows = [r for r in finished if r["status"] != "trained"]
-    if not rows:
+
+@dataclass(frozen=True)
+class Line:
+    """A finished cell: what `metrics.json` holds, whether it was found rather than made, and its overrides."""
+
+    result: dict[str, Any]
+    cached: bool
+    overrides: Sequence[str]
+
+
+def single(result: Result) -> None:
+    """Print the table of one run, where its folder is and where W&B logged it."""
+    if result["status"] == "trained":
         return
+    console = _console()
+    _board(console, [Line(result, result.cached, result.overrides)])
+    if result.folder is not None:
+        _say(console, f"run folder: {result.folder}")
+    if result.tracked:
+        _say(console, f"W&B: {address(result.tracked)}")
+
+
+def sweep(folder: Path) -> list[tuple[str, str]]:
+    """Print what a grid has given so far, from the files that its cells left, wherever they ran.
+
+    Args:
+        folder: of the grid, with a folder per cell.
+
+    Returns:
+        the overrides and the error of every cell that failed.
+    """
+    statuses = [_status(cell) for cell in sorted(filter(Path.is_dir, folder.iterdir()), key=_number)]
+    failed = [(status["overrides"], status["error"]) for status in statuses if status["status"] == "failed"]
+    lines = [Line(_metrics(status["folder"]), status["cached"], status["given"]) for status in statuses if "folder" in status]
+    done = sorted((line for line in lines if line.result.get("status") == "done"), key=lambda line: -line.result["auc"])
+    if not done and len(failed) == len(statuses):
+        return failed
+    console = _console()
+    if done:
+        _board(console, done)
+    reasons = [("", str(line.result["reason"])) for line in lines if line.result.get("status") == "not applicable"]
+    for reason in told(reasons, most=0):
+        _say(console, f"not applicable: {reason}")
+    _say(console, _counts(statuses, found=sum(line.cached for line in done)))
+    if done:
+        _say(console, f"report: python -m diffmia_exp.report {shlex.quote(str(folder))}")
+    for where in dict.fromkeys(address(status["tracked"]) for status in statuses if status.get("tracked")):
+        _say(console, f"W&B: {where}")
+    return failed
+
+
+def told(pairs: Iterable[tuple[str, str]], most: int = MOST) -> list[str]:
+    """Cells with what is said of them, a line each; cells of which the same is said share a line where there are more than `most`.
+
+    Args:
+        pairs: a cell's overrides, empty for a run that is not part of a grid, and what is said.
+        most: cells with a line of their own.
+
+    Returns:
+        at most MOST lines, and one that counts the others.
+    """
+    pairs = list(pairs)
+    cells: dict[str, list[str]] = {}
+    for n, (cell, said) in enumerate(pairs):
+        cells.setdefault(said if len(pairs) > most else f"{said}\0{n}", []).append(cell)
+    lines = []
+    for said, of in cells.items():
+        more = f" (and {len(of) - 1} more cells)" if len(of) > 2 else " (and 1 more cell)" if len(of) == 2 else ""
+        lines.append(f"{of[0]}: {said.split(chr(0))[0]}{more}" if of[0] else said.split(chr(0))[0])
+    beyond = sum(map(len, list(cells.values())[MOST:]))
+    return lines[:MOST] + ([f"{beyond} more cells, each with its reason in its status.json or metrics.json"] if beyond else [])
+
+
+def address(tracked: str) -> str:
+    """The address of an online run, or the command that uploads the offline ones, training runs included."""
+    return tracked if "://" in tracked else f"wandb sync --yes {os.path.dirname(tracked)}/offline-run-*"
+
+
+def _status(cell: Path) -> dict[str, Any]:
+    """A cell's status.json; `not finished` where there is none."""
+    try:
+        status: dict[str, Any] = json.loads((cell / "status.json").read_text())
+        return status
+    except (OSError, ValueError):
+        return {"status": "not finished"}
+
+
+def _metrics(run: str) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = json.loads((Path(run) / "metrics.json").read_text())
+        return metrics
+    except (OSError, ValueError):  # the run folder was removed meanwhile
+        return {}
+
+
+def _number(cell: Path) -> tuple[float, str]:
+    return (int(cell.name) if cell.name.isdigit() else math.inf), cell.name
+
+
+def _counts(statuses: Sequence[dict[str, Any]], found: int) -> str:
+    """How many cells came to what."""
+    of = {kind: sum(status["status"] == kind for status in statuses) for kind in dict.fromkeys(status["status"] for status in statuses)}
+    said = [f"{n} {kind}" + (f" ({found} found, not computed again)" if kind == "done" and found else "") for kind, n in of.items()]
+    return f"{len(statuses)} {'cell' if len(statuses) == 1 else 'cells'}: {', '.join(said)}"
+
+
+def _console() -> Console:
     from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _say(console: Console, text: str, **style: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False, **style)  # type: ignore[arg-type]
+
+
+def _board(console: Console, lines: Sequence[Line]) -> None:
+    """A table of finished cells, MOST of them; what makes some unsound comes first."""
+    from rich.markup import escape
     from rich.table import Table
 
-    common = set.intersection(*(set(r.overrides) for r in rows))
-    columns = ("attack=", "threat_model=", "dataset=", "seed=")
-    varied = [" ".join(o for o in r.overrides if o not in common and not o.startswith(columns)) for r in rows]
-    fprs = list(dict.fromkeys(fpr for r in rows for fpr in r.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
     alarms: dict[str, list[str]] = {}
-    for r in rows:
-        for sentence in r.get("unsound", ()):
-            alarms.setdefault(sentence, []).append(f"{r['attack']}, {r['threat_model']}, {r['dataset']}, seed {r['seed']}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    for line in lines:
+        for sentence in line.result.get("unsound", ()):
+            alarms.setdefault(sentence, []).append("{attack}, {threat_model}, {dataset}, seed {seed}".format(**line.result))
     for sentence, of in alarms.items():
         more = f" and {len(of) - 1} more" if len(of) > 1 else ""
-        console.print(f"UNSOUND: {sentence} ({of[0]}{more})", style="bold red", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"UNSOUND: {sentence} ({of[0]}{more})", style="bold red")
+    common = set.intersection(*(set(line.overrides) for line in lines))
+    columns = ("attack=", "threat_model=", "dataset=", "seed=")
+    varied = [" ".join(o for o in line.overrides if o not in common and not o.startswith(columns)) for line in lines]
+    fprs = list(dict.fromkeys(fpr for line in lines for fpr in line.result.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
     table = Table(header_style="bold", box=None, pad_edge=False)
     for heading in ("attack", "threat model", "dataset", "seed", *(["settings"] if any(varied) else [])):
         table.add_column(heading, no_wrap=heading != "settings")
     for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time", "controls"):
         table.add_column(heading, justify="right")
-    for r, settings in zip(rows, varied, strict=True):
-        start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"]), *([settings] if any(varied) else [])]
+    for line, settings in list(zip(lines, varied, strict=True))[:MOST]:
+        r = line.result
+        start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"]), *([escape(settings)] if any(varied) else [])]
         if r["status"] != "done":
             table.add_row(*start, r["status"])
             continue
-        cost = [f"{r['nfe_per_image']:g}", "found" if r.cached else f"{r['seconds']:.1f} s"]
+        cost = [f"{r['nfe_per_image']:g}", "found" if line.cached else f"{r['seconds']:.1f} s"]
         cost.append({True: "sound", False: "UNSOUND", None: "none"}[r["sound"]])
         table.add_row(*start, _interval(r["auc"], r["auc_ci"]), *(_tpr(r, fpr) for fpr in fprs), *cost)
     console.print(table)
-    if len(rows) == 1 and rows[0].folder is not None:
-        console.print(f"run folder: {rows[0].folder}", soft_wrap=True, highlight=False)
-    for address in dict.fromkeys(_sync_command(r.tracked) for r in rows if r.tracked):
-        console.print(f"W&B: {address}", soft_wrap=True, highlight=False)
-
-
-def _sync_command(tracked: str) -> str:
-    """The address of an online run, or the command that uploads the offline ones, training runs included."""
-    return tracked if "://" in tracked else f"wandb sync --yes {os.path.dirname(tracked)}/offline-run-*"
+    if len(lines) > MOST:
+        _say(console, f"and {len(lines) - MOST} more cells, down to an AUC of {lines[-1].result['auc']:.3f}")
 
 
 def _interval(value: float, ci: list[float]) -> str:
@@ -61,7 +176,9 @@ def _interval(value: float, ci: list[float]) -> str:
 
 
 def _tpr(result: dict[str, Any], fpr: str) -> str:
-    at = result["tpr_at_fpr"][fpr]
+    at = result["tpr_at_fpr"].get(fpr)
+    if at is None:
+        return "not asked"
     if not at["resolvable"]:
         return f"unresolvable (1/{result['n_nonmembers']})"
     return _interval(at["tpr"], at["ci"])

@@ -58,7 +58,7 @@ class Workshop:
             from diffmia_exp import lit  # seconds to import
 
             called = f"train-{e.config['dataset']['name']}-s{e.seed}-{name}"
-            with e.tracking.training(e.output_dir, key, called, spec, folder, ("spec.yaml", "training.json")) as logger:
+            with e.tracking.training(e.output_dir, key, called, spec, folder) as logger:
                 lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, seed, index, label, logger)
 
         return e.stores["models"].get_or_make(spec, make)

@@ -14,7 +14,8 @@ import pytest
 from diffmia_exp import metrics
 from diffmia_exp.pipeline import run
 from diffmia_exp.scores import ScoreTable
-from diffmia_exp.tracking import ROC_ROWS, Wandb, roc_rows
+from diffmia_exp.tracking import Wandb
+from diffmia_exp.tracking.tables import ROC_ROWS, roc_rows
 from tests.composing import composed
 
 

@@ -1,4 +1,4 @@
-"""python -m diffmia_exp.report RUNS.. [--format html|markdown|csv|latex] [--out PATH]: a report of all runs below these folders."""
+"""python -m diffmia_exp.report RUNS.. [--format html|markdown|csv|latex] [--out PATH] [--wandb]: a report of all runs below folders."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=SUFFIXES, default="html")
     parser.add_argument("--out", type=Path, help="file to write; report.html (.md, .csv, .tex) in the first folder if not given")
     parser.add_argument("--figures", type=Path, help="a folder that gets every figure as PNG")
+    parser.add_argument(
+        "--wandb", action="store_true", help="log the report's tables and figures to W&B too, offline unless $WANDB_MODE says so"
+    )
+    parser.add_argument("--project", help="of W&B; that of the runs if not given")
+    parser.add_argument("--entity", help="of W&B; that of the runs if not given")
     given = parser.parse_args(arguments)
     out = given.out or given.runs[0] / f"report.{SUFFIXES[given.format]}"
     try:
-        print(report(given.runs, given.format, out, given.figures))
+        if (given.project is not None or given.entity is not None) and not given.wandb:
+            raise UserError("--project, --entity: say where in W&B the report is logged; add --wandb")
+        print(report(given.runs, given.format, out, given.figures, (given.project, given.entity) if given.wandb else None))
     except UserError as e:
         sys.exit(f"error: {e}")
     except ModuleNotFoundError as e:
         sys.exit(f"error: {e.name} is missing; the report needs pip install -e '.[report]'")
 
 
-def report(runs: list[Path], form: str, out: Path, pictures: Path | None = None) -> str:
+def report(runs: list[Path], form: str, out: Path, pictures: Path | None = None, wandb: tuple[str | None, str | None] | None = None) -> str:
     """Write a report of the runs below some folders.
 
     Args:
@@ -37,43 +44,53 @@ def report(runs: list[Path], form: str, out: Path, pictures: Path | None = None)
         form: `html`, `markdown`, `csv` or `latex`.
         out: the file.
         pictures: a folder for every figure as PNG.
+        wandb: log it to this project and entity of W&B, None for those of the runs.
 
     Returns:
-        What was written, in a sentence.
+        what was done, a sentence a line.
 
     Raises:
-        UserError: if a folder is missing or a file cannot be written.
+        UserError: if a folder is missing, a file cannot be written, or W&B refuses.
     """
     from diffmia_exp.report import collect, groups, tables
 
     found = collect.collect(runs)
     made = groups.grouped(found)
+    content: list = []
+    if form == "html" or wandb or pictures:
+        from diffmia_exp.report import sections
+
+        content = [sections.of(group, found) for group in made]
     if form == "html":
         from diffmia_exp.report import page
 
-        text = page.html(found, made, runs)
+        text = page.html(found, content, runs)
     else:
         text = tables.to_csv(made) if form == "csv" else {"markdown": tables.to_markdown, "latex": tables.to_latex}[form](found, made)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
         if pictures is not None:
-            _draw(made, pictures)
+            _draw(content, pictures)
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be written to ({e.strerror}); give another place with --out or --figures") from None
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(note.kind for note in found.notes).items())
-    return f"{out}: {len(found.runs)} runs in {len(made)} {'group' if len(made) == 1 else 'groups'}" + (
-        f"; beside them {kinds}" if kinds else ""
-    )
+    beside = f"; beside them {kinds}" if kinds else ""
+    said = f"{out}: {len(found.runs)} runs in {len(made)} {'group' if len(made) == 1 else 'groups'}{beside}"
+    if wandb:
+        from diffmia_exp.report import logged
+        from diffmia_exp.summary import address
+
+        where = logged.log(found, content, runs, out, *wandb)
+        said += f"\nW&B: {address(where)}" if where else "\nW&B: nothing logged, for WANDB_MODE=disabled"
+    return said
 
 
-def _draw(made: list, folder: Path) -> None:
-    from diffmia_exp.report import evidence, figures, groups
-
+def _draw(sections: list, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for group in made:
-        for n, figure in enumerate(figures.of(group, evidence.agreement(groups.target_runs(group)[0][1]))):
-            (folder / f"{group.letter}{n:02d}-{figure.key}.png").write_bytes(figure.png())
+    for section in sections:
+        for n, figure in enumerate(section["figures"]):
+            (folder / f"{section['group'].letter}{n:02d}-{figure.key}.png").write_bytes(figure.png())
 
 
 if __name__ == "__main__":

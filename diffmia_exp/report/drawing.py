@@ -107,3 +107,10 @@ def three(value: float) -> str:
 def short(value: float) -> float:
     """To four digits, which is more than a drawing shows."""
     return float(f"{value:.4g}")
+
+
+def number(value: object) -> str:
+    """A number to four digits, a large one to the unit, anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -33,13 +33,14 @@ class Curve:
     high: Floats
 
 
-def curve(row: Row) -> Curve:
+def curve(row: Row, low: float = 0.0) -> Curve:
     """The exact ROC curve at FPRs that are whole numbers of false positives, the mean over the runs of a row.
 
-    The band is Clopper-Pearson's for one run; over several it is their range, since few runs give no useful pointwise interval.
+    Of the FPRs up to `low` none is left out. The band is Clopper-Pearson's for one run; over several it is their range, since few runs
+    give no useful pointwise interval.
     """
     n, m = (min(int(run.metrics[key]) for run in row.runs) for key in ("n_nonmembers", "n_members"))
-    fpr = np.unique(np.geomspace(1, n, CURVE).round()) / n
+    fpr = np.unique(np.concatenate([np.arange(1, int(low * n + 1e-9) + 1), np.geomspace(1, n, CURVE).round()])) / n
     tprs = np.stack([_tpr(run, fpr) for run in row.runs])
     tpr = tprs.mean(0)
     if len(tprs) > 1:
@@ -51,9 +52,7 @@ def curve(row: Row) -> Curve:
 
 
 def _tpr(run: Run, fpr: Floats) -> Floats:
-    exact = metrics.roc(run.table.is_member, run.table.score)
-    at = np.searchsorted(exact.fpr, fpr + 1e-12, side="right") - 1  # the largest FPR that does not exceed it
-    return exact.tpr[at]
+    return metrics.tpr_at(metrics.roc(run.table.is_member, run.table.score), fpr)
 
 
 @dataclass(frozen=True)

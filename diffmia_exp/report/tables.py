@@ -19,7 +19,7 @@ SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasc
 
 def to_csv(groups: Sequence[Group]) -> str:
     """One line per attack, threat model and snapshot; an unresolvable TPR is empty."""
-    lines = [_line(group, row) for group in groups for row in group.rows]
+    lines = [line(group, row) for group in groups for row in group.rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, lines[0] if lines else ("group",), lineterminator="\n")
     writer.writeheader()
@@ -27,8 +27,9 @@ def to_csv(groups: Sequence[Group]) -> str:
     return text.getvalue()
 
 
-def _line(group: Group, row: Row) -> dict[str, Any]:
-    line = {
+def line(group: Group, row: Row) -> dict[str, Any]:
+    """A line of the leaderboard, every number in full; None where a TPR is unresolvable."""
+    start = {
         "group": group.letter,
         "dataset": group.dataset,
         "experiment": group.title,
@@ -42,9 +43,9 @@ def _line(group: Group, row: Row) -> dict[str, Any]:
         **_three("auc", row.auc),
     }
     for fpr in FPRS:
-        line |= _three(f"tpr_at_{fpr}_fpr", row.tpr(fpr))
+        start |= _three(f"tpr_at_{fpr}_fpr", row.tpr(fpr))
     cost = {key: row.mean(key) for key in ("nfe_per_image", "shadow_trainings", "seconds")}
-    return line | cost | {"controls": VERDICTS[row.sound], "unsound": "; ".join(row.unsound)}
+    return start | cost | {"controls": VERDICTS[row.sound], "unsound": "; ".join(row.unsound)}
 
 
 def _three(name: str, value: Estimate | None) -> dict[str, float | None]:
