@@ -95,7 +95,10 @@ def workspace(entity: str, project: str) -> Workspace:
     runs = ws.RunsetSettings(
         order=[ws.Ordering(ws.Summary(COLUMNS[0]), ascending=False)], pinned_columns=[f"summary:{column}" for column in COLUMNS]
     )
-    parts = [ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections().items()]
+    parts = [
+        ws.Section(name=name, panels=panels, is_open=True, layout_settings=ws.SectionLayoutSettings(columns=2, rows=-(-len(panels) // 2)))
+        for name, panels in sections().items()
+    ]
     return ws.Workspace(entity=entity, project=project, name=TITLE, sections=parts, runset_settings=runs)
 
 
