@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lint bench bench-statistics grid report clean
+.PHONY: help demo test test-browser lint bench bench-statistics grid report dashboard sync clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,14 @@ bench-statistics: $(READY) ## Simulate how often intervals cover, bounds hold an
 grid: $(READY) ## Run an experiment: make grid EXPERIMENT=gray_box_grid
 	$(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid)
 
-report: $(READY) ## Write an HTML report: make report RUNS=outputs/runs
-	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs)
+report: $(READY) ## Write an HTML report: make report RUNS=outputs/runs [WANDB=1 to log it to W&B too]
+	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs) $(if $(WANDB),--wandb)
+
+dashboard: $(READY) ## Save a W&B workspace: make dashboard ENTITY=me PROJECT=diffmia_exp [REPORT=1 for a W&B report]
+	$(BIN)/python -m diffmia_exp.dashboard $(if $(ENTITY),--entity $(ENTITY)) $(if $(PROJECT),--project $(PROJECT)) $(if $(REPORT),--report)
+
+sync: $(READY) ## Upload the W&B runs that were logged offline; it can be repeated
+	$(BIN)/python -m diffmia_exp.sync $(or $(OUTPUT_DIR),outputs)
 
 clean: ## Delete the virtual environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

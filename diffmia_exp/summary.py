@@ -63,7 +63,7 @@ def sweep(folder: Path) -> list[tuple[str, str]]:
     reasons = [("", str(line.result["reason"])) for line in lines if line.result.get("status") == "not applicable"]
     for reason in told(reasons, most=0):
         _say(console, f"not applicable: {reason}")
-    _say(console, _counts(statuses, found=sum(line.cached for line in done)))
+    _say(console, _counts(statuses, sum(line.cached for line in done)))
     if done:
         _say(console, f"report: python -m diffmia_exp.report {shlex.quote(str(folder))}")
     for where in dict.fromkeys(address(status["tracked"]) for status in statuses if status.get("tracked")):
@@ -119,10 +119,10 @@ def _number(cell: Path) -> tuple[float, str]:
     return (int(cell.name) if cell.name.isdigit() else math.inf), cell.name
 
 
-def _counts(statuses: Sequence[dict[str, Any]], found: int) -> str:
+def _counts(statuses: Sequence[dict[str, Any]], cached: int) -> str:
     """How many cells came to what."""
     of = {kind: sum(status["status"] == kind for status in statuses) for kind in dict.fromkeys(status["status"] for status in statuses)}
-    said = [f"{n} {kind}" + (f" ({found} found, not computed again)" if kind == "done" and found else "") for kind, n in of.items()]
+    said = [f"{n} {kind}" + (f" ({cached} of them cached)" if kind == "done" and cached else "") for kind, n in of.items()]
     return f"{len(statuses)} {'cell' if len(statuses) == 1 else 'cells'}: {', '.join(said)}"
 
 

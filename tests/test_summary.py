@@ -39,7 +39,7 @@ def test_the_best_attack_comes_first_then_what_gave_no_result(grid: tuple[Path, 
     assert {line.split()[0]: "found" in line for line in lines[:2]} == {"loss": True, "pia": False}
     refused = [f"not applicable: threat_model=samples_only: attack={attack} needs gray_box access" for attack in ("loss", "pia")]
     assert [line.split(";")[0] for line in lines[2:4]] == refused
-    assert lines[4] == "8 cells: 2 done (1 found, not computed again), 4 failed, 2 not applicable"
+    assert lines[4] == "8 cells: 2 done (1 of them cached), 4 failed, 2 not applicable"
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == done.stderr.splitlines()[-4:]
     assert all(error.endswith("attack.t=5000: must be a whole number of at most 999") for error in errors)
@@ -89,7 +89,7 @@ def test_a_grid_of_hundreds_of_cells_fits_a_screen(tmp_path: Path, capsys: pytes
     assert [line.split()[3] for line in lines[1:21]] == [str(n) for n in range(199, 179, -1)]
     assert "a.b=[x199]" in lines[1], "brackets are no markup"
     assert lines[21] == "and 180 more cells, down to an AUC of 0.500"
-    assert lines[22] == "260 cells: 200 done (50 found, not computed again), 60 failed"
+    assert lines[22] == "260 cells: 200 done (50 of them cached), 60 failed"
     assert len(lines) == 24
     assert summary.told(failed) == ["seed=200: mistake 0 (and 29 more cells)", "seed=201: mistake 1 (and 29 more cells)"]
     many = summary.told((f"seed={n}", f"mistake {n}") for n in range(50))
