@@ -7,16 +7,15 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from diffmia_exp import summary
+from diffmia_exp.report.__main__ import main as report
 from tests import command
 
-ROOT = Path(__file__).parents[1]
 QUICK = ("debug=quick", "evaluation=bare", "split.pool=32")
 
 
@@ -49,7 +48,7 @@ def test_the_command_that_is_printed_writes_the_report(grid: tuple[Path, subproc
     told = grid[1].stdout.splitlines()[-1]
     assert told.startswith("report: python -m diffmia_exp.report ")
     line = shlex.split(told.removeprefix("report: "))
-    assert subprocess.run([sys.executable, *line[1:]], cwd=ROOT).returncode == 0
+    report(line[3:])
     text = Path(line[-1], "report.html").read_text()
     assert "attack=loss needs gray_box access" in text
     assert "must be a whole number of at most 999" in text
