@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
@@ -19,9 +20,16 @@ def judged_by(head: Any, signals: Signals) -> NDArray[np.float64]:
         head: a classifier with scikit-learn's interface; a fresh copy of it is fitted.
         signals: of the target and at least one shadow.
     """
-    learned = clone(head).fit(*signals.examples())
-    scores: NDArray[np.float64] = np.asarray(learned.predict_proba(signals.target)[:, 1], dtype=np.float64)
+    examples = signals.examples()
+    if (key := joblib.hash((head, *examples))) not in _last:
+        _last.clear()
+        _last[key] = clone(head).fit(*examples)
+    scores: NDArray[np.float64] = np.asarray(_last[key].predict_proba(signals.target)[:, 1], dtype=np.float64)
     return scores
+
+
+_last: dict[str, Any] = {}
+"""The head that was fitted last, by what it learned from: target, untrained network and generated images are judged by the same one."""
 
 
 def boosted_trees() -> HistGradientBoostingClassifier:
