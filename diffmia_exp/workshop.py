@@ -177,16 +177,18 @@ class Workshop:
         """
         e, pixels, real = self.experiment, self.preview(), self.signals(candidate)
         generated = Images(pixels, min(int(e.images.sample_id.min()), 0) - 1 - np.arange(len(pixels)))
-        rows = [e.target_index, *e.shadows]
+        compared = e.shadows if candidate.attack.compares and candidate.attack.min_shadows else []
+        rows = [e.target_index, *compared]
         entries = [self.measured(row, candidate, f" on generated images{_of(n, rows)}", generated) for n, row in enumerate(rows)]
-        target, *shadows = (np.load(entry / "signals.npy", allow_pickle=False) for entry in entries)
+        target, *measured = (np.load(entry / "signals.npy", allow_pickle=False) for entry in entries)
+        shadows = np.full((len(e.shadows), *target.shape), np.nan)  # which nobody looks at, unless they are compared
+        if measured:
+            shadows[:] = measured
         none = np.zeros((len(e.shadows), len(pixels)), bool)
         signals = Signals(
             np.concatenate([real.sample_id, generated.sample_id]),
             np.concatenate([real.target, target]),
-            np.concatenate([real.shadows, np.stack(shadows)], axis=1)
-            if shadows
-            else np.empty((0, len(real.sample_id) + len(pixels), target.shape[1])),
+            np.concatenate([real.shadows, shadows], axis=1),
             np.concatenate([real.keep, none], axis=1),
             np.concatenate([real.pool, none], axis=1),
             np.concatenate([real.public, np.zeros(len(pixels), bool)]),

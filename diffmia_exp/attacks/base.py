@@ -50,6 +50,9 @@ class Attack(ABC):
     needs_inside: bool = False
     """Whether `judge` needs shadows that were trained on audited images (online attacks)."""
 
+    compares: bool = True
+    """Whether `judge` looks at the shadows' signals of the very image that it judges, not only at those of their pools, to learn."""
+
     judging: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments that only `judge` uses: changing them measures nothing anew."""
 

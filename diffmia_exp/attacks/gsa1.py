@@ -38,6 +38,7 @@ class GSA1(Attack):
 
     access = WhiteBox
     min_shadows = 1
+    compares = False
     judging = ("head",)
 
     def __init__(self, n_timesteps: int = 10, seed: int = 0, head: Any = None) -> None:

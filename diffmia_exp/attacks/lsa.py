@@ -31,6 +31,7 @@ class LSA(MultiLoss):
     """
 
     min_shadows = 1
+    compares = False
     judging = ("head",)
 
     def __init__(self, n_timesteps: int = 10, T: int = 1000, n_noises: int = 1, seed: int = 0, head: Any = None) -> None:

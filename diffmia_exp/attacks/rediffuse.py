@@ -43,6 +43,7 @@ class ReDiffuse(Attack):
     """
 
     access = VariationAPI
+    compares = False
     judging: ClassVar[tuple[str, ...]] = ("head",)
 
     def __init__(

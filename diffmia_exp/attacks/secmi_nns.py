@@ -30,6 +30,7 @@ class SecMINNs(SecMI):
     """
 
     min_shadows = 1
+    compares = False
     judging = ("head",)
 
     def __init__(self, t: int = 100, stride: int = 10, head: Any = None) -> None:

@@ -40,6 +40,7 @@ class TracingRoots(Attack):
 
     access = WhiteBox
     min_shadows = 1
+    compares = False
     judging = ("C",)
 
     def __init__(self, n_timesteps: int = 10, C: float = 1.0, seed: int = 0) -> None:

@@ -219,6 +219,17 @@ def test_a_judgement_depends_on_the_target_s_other_images_in_nothing(name: str) 
         np.testing.assert_allclose(attack.judge(signals.take(order)), score[order], rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", [name for name in ATTACKS if not (built(name).compares and built(name).min_shadows)])
+def test_an_attack_that_does_not_compare_needs_no_shadow_s_view_of_an_image(name: str) -> None:
+    attack, _, ids, signals = rehearsal(name, seed=0)
+    again = signals.take(np.r_[np.arange(len(ids)), 0, 1, 2])
+    shadows, keep, pool = again.shadows.copy(), again.keep.copy(), again.pool.copy()
+    shadows[:, -3:], keep[:, -3:], pool[:, -3:] = np.nan, False, False
+    score = attack.judge(Signals(again.sample_id, again.target, shadows, keep, pool, again.public))
+    np.testing.assert_allclose(score[-3:], score[:3], rtol=1e-12)
+    np.testing.assert_allclose(score[:-3], attack.judge(signals), rtol=1e-12)
+
+
 SHADOWS = 4
 _shadow_signals: dict[str, np.ndarray] = {}
 
