@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffmia_exp import summary
+from diffmia_exp import claims, grid, ranks, summary
 from diffmia_exp.config import GROUPS, SETTINGS, checked
 from diffmia_exp.errors import UserError, near
 
 log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOST = (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN)
+RERUN = "--rerun-failed"
 _finished: list[Any] = []
 _failed: list[tuple[str, str]] = []
 """Overrides (none for a run that is not part of a grid) and error."""
@@ -40,43 +43,66 @@ def cell(cfg: DictConfig) -> float | None:
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     if sweep and sweep not in _sweeps:
         _sweeps.append(sweep)
-    try:
-        config = checked(cfg)  # before the seconds that torch takes to import
+    folder = sweep / hydra.sweep.subdir if sweep else None
+    if ranks.rank():  # its errors are the first task's to tell
         from diffmia_exp.pipeline import run
 
-        result = run(config, sweep.name if sweep else None)
-        if sweep:
-            done = {"status": result["status"], "cached": result.cached, "overrides": overrides, "given": given, "run": result["name"]}
-            done |= {"folder": str(result.folder)} if result.folder else {}
-            done |= {"tracked": result.tracked} if result.tracked else {}
-            (sweep / hydra.sweep.subdir / "status.json").write_text(json.dumps(done, indent=1))
-            log.info("%s: %s%s", overrides, result["status"], " (found, not computed again)" if result.cached else "")
-    except Exception as e:
-        e = _out_of_space(e, f"output_dir={cfg.output_dir}")
-        if sweep:
-            _failed.append((overrides, one_line(e)))
-            log.error("failed: %s: %s", *_failed[-1], exc_info=None if isinstance(e, UserError) else e)
-            with contextlib.suppress(OSError):  # the disk may be full
-                failed = {"status": "failed", "overrides": overrides, "error": one_line(e)}
-                (sweep / hydra.sweep.subdir / "status.json").write_text(json.dumps(failed, indent=1))
-        elif isinstance(e, UserError):
-            _failed.append(("", one_line(e)))
-            sys.exit(1)  # unlike an exception, this is not commented on by Hydra
-        raise e
+        run(checked(cfg), sweep.name if sweep else None)
+        return None
+    with contextlib.ExitStack() as held:
+        try:
+            config = checked(cfg)  # before the seconds that torch takes to import
+            if folder:
+                held.enter_context(claims.exclusive(folder / "cell.claim", f"cell {folder.name}"))
+            from diffmia_exp.pipeline import run
+
+            result = run(config, sweep.name if sweep else None)
+            if folder:
+                done = {"status": result["status"], "cached": result.cached, "overrides": overrides, "given": given, "run": result["name"]}
+                done |= {"folder": str(result.folder)} if result.folder else {}
+                done |= {"tracked": result.tracked} if result.tracked else {}
+                grid.ended(folder, **done)
+                log.info("%s: %s%s", overrides, result["status"], " (found, not computed again)" if result.cached else "")
+        except Exception as e:
+            e = _put_right(e, f"output_dir={cfg.output_dir}", Path(str(cfg.output_dir)))
+            if folder:
+                _failed.append((overrides, one_line(e)))
+                log.error("failed: %s: %s", *_failed[-1], exc_info=None if isinstance(e, UserError) else e)
+                with contextlib.suppress(OSError):  # the disk may be full
+                    grid.ended(folder, status="failed", overrides=overrides, error=one_line(e))
+            elif isinstance(e, UserError):
+                _failed.append(("", one_line(e)))
+                sys.exit(1)  # unlike an exception, this is not commented on by Hydra
+            raise e
     result.overrides = given
     _finished.append(result)
     auc = result.get("auc")
     return float(auc) if auc is not None else None
 
 
-def _out_of_space(e: Exception, where: str) -> Exception:
-    """A full disk is no bug: say what to do. Libraries wrap the error, or keep only its text."""
+def gather(sweep: Path) -> None:
+    """Have the results of a grid told whose cells may have run in other processes, and what came to nothing."""
+    if sweep not in _sweeps:
+        _sweeps.append(sweep)
+    for one in grid.cells(sweep):
+        if one.state in ("failed", "lost", "waiting", "running"):
+            failure = " ".join(one.overrides), str(one.facts.get("error", "ended without a result"))
+            if failure not in _failed:
+                _failed.append(failure)
+
+
+def _put_right(e: Exception, where: str, folder: Path | None = None) -> Exception:
+    """A full disk or a lost file system is no bug: say what to do. Libraries wrap the error, or keep only its text."""
     chain: BaseException | None = e
     while chain is not None:
         text = str(chain)
         if (isinstance(chain, OSError) and chain.errno in DISK_FULL) or "No space left" in text or "File too large" in text:
             return UserError(f"{where}: the disk is full; free some space and run the same command again, it resumes")
+        if isinstance(chain, OSError) and chain.errno in LOST:
+            return UserError(f"{where}: the file system fails ({chain.strerror}); once it is back, run the same command again, it resumes")
         chain = chain.__cause__ or chain.__context__
+    if folder is not None and not folder.is_dir() and not isinstance(e, UserError):
+        return UserError(f"{where}: the folder has vanished; once it is back, run the same command again, it resumes")
     return e
 
 
@@ -86,8 +112,9 @@ def guard(main: Callable[[], Any]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that claims are given back on the way out
     try:
-        sys.argv[1:] = _arranged(sys.argv[1:])
+        sys.argv[1:] = _arranged(_rerun(sys.argv[1:]))
         main()
     except (KeyboardInterrupt, SystemExit) as e:
         if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):  # Lightning turns one into the other
@@ -98,7 +125,7 @@ def guard(main: Callable[[], Any]) -> None:
             raise
     except Exception as e:
         if not _failed:  # not from a cell of this process
-            e = _out_of_space(e, "output_dir")
+            e = _put_right(e, "output_dir")
             if isinstance(e, OSError) and not isinstance(e, HydraException) and not _finished:
                 e = UserError(f"output_dir: {e.filename} cannot be written to ({e.strerror}); give another folder")
             if not isinstance(e, UserError | HydraException | OmegaConfBaseException | ValueError):
@@ -119,6 +146,19 @@ def _tell() -> bool:
     return bool(_failed)
 
 
+def _rerun(arguments: list[str]) -> list[str]:
+    """`--rerun-failed [FOLDER] [key=value ..]` as the command that runs a grid's unfinished cells again, with these changes."""
+    if RERUN not in arguments:
+        return arguments
+    rest = [a for a in arguments if a not in (RERUN, "-m", "--multirun")]
+    folders = [a for a in rest if "=" not in a and a[:1] not in ("-", "~")]
+    output_dir = next((a.split("=", 1)[1] for a in rest if a.startswith("output_dir=")), "outputs")
+    sweep = Path(folders[0]) if folders else grid.latest(Path(output_dir))
+    begun = grid.planned(sweep)
+    changes = [a for a in rest if a not in folders]
+    return ["-m", *begun["hydra"], *begun["task"], *changes, f"hydra.sweeper.again='{sweep.resolve()}'"]
+
+
 def _arranged(arguments: list[str]) -> list[str]:
     """Overrides first: argparse takes them from one place only. Raises UserError for an option that does not exist."""
     from hydra._internal.utils import get_args_parser
@@ -132,7 +172,7 @@ def _arranged(arguments: list[str]) -> list[str]:
     except argparse.ArgumentError as e:
         raise UserError(f"{e}; see python run.py --hydra-help") from None
     if unknown:
-        hint = near(unknown[0], ("--help", "--hydra-help", "--multirun", "--cfg", "--info", "--resolve"))
+        hint = near(unknown[0], (RERUN, "--help", "--hydra-help", "--multirun", "--cfg", "--info", "--resolve"))
         raise UserError(f"{unknown[0]}: no such option{hint}; settings are given as key=value, without dashes")
     return arranged
 
@@ -165,7 +205,7 @@ def _no_such_choice(path: str, options: Sequence[str]) -> str:
     group, _, given = path.rpartition("/")
     if not group:
         return f"{given}: no such config; leave out --config-name"
-    if given == "submitit_slurm":
+    if path == "hydra/launcher/slurm":
         return "cluster=slurm: needs the SLURM launcher; install it with pip install -e '.[slurm]'"
     return f"{group}={given}: no such {group}; there are {', '.join(options)}{near(given, options)}"
 

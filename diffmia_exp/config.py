@@ -29,7 +29,7 @@ GROUPS = (
 )
 """The groups whose choices a config holds."""
 
-SETTINGS = ("seed", "stage", "model_index", "weights", "snapshot", "checkpoint", "on_incompatible", "name", "output_dir")
+SETTINGS = ("seed", "stage", "model_index", "part", "weights", "snapshot", "checkpoint", "on_incompatible", "name", "output_dir")
 """What a config holds beside them."""
 
 STAGES = ("all", "train", "attack", "report")
@@ -38,6 +38,19 @@ Plain = dict[str, Any]
 
 OmegaConf.register_new_resolver("or", lambda value, otherwise: value or otherwise, replace=True)
 """In configs: `${or:${x},y}` is y where x is null."""
+
+
+def _when_training(stage: str, wanted: Any) -> int:
+    """What a SLURM job asks for if it trains, else 1."""
+    if stage in ("attack", "report"):
+        return 1
+    if wanted == "auto":
+        raise ConfigError("trainer.devices", wanted, "must be a number with cluster=slurm, the devices of a node")
+    return whole("trainer.devices", wanted, least=1)
+
+
+OmegaConf.register_new_resolver("when_training", _when_training, replace=True)
+OmegaConf.register_new_resolver("gpus_a_node", lambda accelerator, devices: None if accelerator == "cpu" else devices, replace=True)
 
 
 def plain(cfg: Mapping[str, Any]) -> Plain:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from diffmia_exp.attacks.base import Attack, Lab
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
+from diffmia_exp.progress import Bar
 from diffmia_exp.threat_models import SamplesOnly, WhiteBox
 
 CONTROLS = ("blind", "permuted", "untrained", "held_out", "prior_bpd", "generated")
@@ -68,14 +70,24 @@ class Evaluation:
 
 
 def measure(
-    attack: Attack, access: SamplesOnly, lab: Lab, images: Images, evaluation: Evaluation, device: torch.device, label: str
+    attack: Attack,
+    access: SamplesOnly,
+    lab: Lab,
+    images: Images,
+    evaluation: Evaluation,
+    device: torch.device,
+    label: str,
+    folder: Path | None = None,
 ) -> tuple[NDArray[np.float64], Plain]:
-    """The attack's signals of all images on one model, float64 [n, F], and what they cost (`nfe_per_image`, `seconds`)."""
+    """The attack's signals of all images on one model, float64 [n, F], and what they cost (`nfe_per_image`, `seconds`).
+
+    `folder` is the store's in which they are measured, if any.
+    """
     measured: list[NDArray[np.float64]] = []
     started = time.monotonic()
     attack.prepare(access, lab)
     with torch.inference_mode(attack.access is not WhiteBox), torch.backends.cudnn.flags(allow_tf32=False):
-        for at in batches(len(images), evaluation.batch_size, label):
+        for at in batches(len(images), evaluation.batch_size, label, folder):
             x = torch.from_numpy(images.pixels[at]).to(device, torch.float64) / 127.5 - 1
             ids = torch.from_numpy(images.sample_id[at]).to(device)
             measured.append(attack.signal(access, x, ids).double().cpu().numpy())
@@ -86,10 +98,17 @@ def measure(
     return out, {"nfe_per_image": access.evaluations / len(images), "seconds": round(time.monotonic() - started, 3)}
 
 
-def batches(n: int, size: int, label: str) -> Iterator[slice]:
+def batches(n: int, size: int, label: str, folder: Path | None = None) -> Iterator[slice]:
     """Slices of at most `size`, with a progress bar that counts images."""
-    with tqdm(total=n, desc=label, unit="image", leave=False) as bar:
+    with Bar(label, n, "image", folder, leave=False) as bar:
         for start in range(0, n, size):
             at = slice(start, min(start + size, n))
             yield at
             bar.update(at.stop - at.start)
+
+
+def parts(n: int, size: int, of: int) -> list[slice]:
+    """n images in `of` consecutive parts, some perhaps empty, of whole batches of `size`: the batches are those of the whole."""
+    batched = -(-n // size)
+    edges = [min(n, size * (batched * k // of)) for k in range(of + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffmia_exp import runs, selection
+from diffmia_exp import ranks, runs, selection
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.config import Plain, build
 from diffmia_exp.data import Images, Source
@@ -20,6 +21,7 @@ from diffmia_exp.diffusion import PREDICTIONS, Diffusion
 from diffmia_exp.errors import ConfigError, UserError, choice, whole
 from diffmia_exp.evaluation import Evaluation
 from diffmia_exp.noise import derive, initialised
+from diffmia_exp.recipe import TrainerOptions
 from diffmia_exp.split import MemberSplit
 from diffmia_exp.store import Store, digest, sha256
 from diffmia_exp.threat_models import ThreatModel, enough, level_of
@@ -57,7 +59,9 @@ class Experiment:
         self.alphas_cumprod = build("diffusion.schedule", config["diffusion"]["schedule"])
         self.recipe = build("training", config["training"])
         self.shadow_recipe = self._shadow_recipe()
-        self.trainer = build("trainer", config["trainer"])
+        trainer: TrainerOptions = build("trainer", config["trainer"])
+        self.trainer = trainer.alone() if self.stage in ("attack", "report") else trainer  # which train no model of the split
+        self.part = self._part()
         self._check_weights()
         self._check_devices()
         self._check_query_budget()
@@ -89,8 +93,22 @@ class Experiment:
         if self.config["model_index"] is not None and self.stage != "train":
             raise ConfigError("model_index", self.config["model_index"], "must be null unless stage=train; split.target_index is attacked")
 
+    def _part(self) -> tuple[int, int] | None:
+        """`part` as two numbers: which, of how many."""
+        if (part := self.config["part"]) is None:
+            return None
+        if not (match := re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(part))) or int(match[1]) > int(match[2]):
+            raise ConfigError("part", part, "must be k/n with k from 1 to n, as 2/4")
+        if self.stage not in ("all", "attack"):
+            raise ConfigError("part", part, f"must be null with stage={self.stage}; images are measured with stage=attack")
+        return int(match[1]), int(match[2])
+
     def _check_devices(self) -> None:
-        if self.trainer.devices != "auto" and self.recipe.batch_size % (world := self.trainer.devices * self.trainer.num_nodes):
+        try:
+            self.trainer.check_launch(ranks.count())
+        except ConfigError as e:
+            raise e.under("trainer") from None
+        if (world := self.trainer.world) is not None and self.recipe.batch_size % world:
             must = f"must be a multiple of {world}, the number of devices (trainer.devices times trainer.num_nodes)"
             raise ConfigError("training.batch_size", self.recipe.batch_size, must)
 
@@ -126,7 +144,9 @@ class Experiment:
         self.audited = self.split.pool[self.target_index] & ~(crossing & self.evaluation.drop_duplicates)
         if not (self.audited & ~self.keep).any():
             raise ConfigError("evaluation.drop_duplicates", True, "leaves no non-member; every one has a copy among the members")
-        if self.config["model_index"] is not None:
+        if self.config["model_index"] == "held_out":
+            pass
+        elif self.config["model_index"] is not None:
             whole("model_index", self.config["model_index"], least=0, most=self.split.n_models - 1)
         elif self.stage != "train" or self.shadows:
             self._check_shadows()

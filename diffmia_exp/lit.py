@@ -10,9 +10,9 @@ import copy
 import json
 import logging
 import os
-import sys
 import time
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,25 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment  # type: ignore[attr-defined]
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from diffmia_exp import ranks
+from diffmia_exp.claims import write_atomic
 from diffmia_exp.data import Pixels
 from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError
+from diffmia_exp.interruption import Interruption
 from diffmia_exp.noise import derive, generator
+from diffmia_exp.progress import Bar
 from diffmia_exp.recipe import OPTIMIZERS, Recipe, TrainerOptions
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT = "last.ckpt"
 
 
 class LitDiffusion(pl.LightningModule):
@@ -125,7 +132,7 @@ class KeepWeights(pl.Callback):
     @property
     def checkpoint(self) -> Path:
         """Where training resumes from."""
-        return self.folder / "last.ckpt"
+        return self.folder / CHECKPOINT
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(module, LitDiffusion)
@@ -133,10 +140,14 @@ class KeepWeights(pl.Callback):
         if step in module.recipe.snapshots and trainer.is_global_zero:
             save_weights(module, self.folder, f"step{step:07d}-")
         if step % self.every == 0 and step < module.recipe.steps:
-            unfinished = self.checkpoint.with_suffix(".tmp")
-            trainer.save_checkpoint(unfinished)
-            if trainer.is_global_zero:
-                os.replace(unfinished, self.checkpoint)
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint, so that it is whole or as it was; all ranks together."""
+        unfinished = self.checkpoint.with_suffix(f".{os.getpid()}.tmp")  # of this process alone, should another think it is its turn
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            os.replace(unfinished, self.checkpoint)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LitDiffusion)
@@ -153,23 +164,17 @@ def save_weights(module: LitDiffusion, folder: Path, prefix: str = "") -> None:
 
 
 class Progress(pl.Callback):
-    """One line: what is trained, how far it is, the smoothed loss, the time left. The loss also goes to the logger."""
+    """What is trained, how far it is, the smoothed loss, the time left. The loss also goes to the logger."""
 
-    def __init__(self, label: str, every: int) -> None:
-        self.label, self.every = label, every
+    def __init__(self, label: str, every: int, folder: Path | None = None) -> None:
+        self.label, self.every, self.folder = label, every, folder
         self.smooth: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LitDiffusion)
         self.epochs_per_step = module.recipe.batch_size / len(module._pixels)
-        self.bar = tqdm(
-            total=module.recipe.steps,
-            mininterval=0.1 if sys.stderr.isatty() else 5,
-            initial=trainer.global_step,
-            desc=self.label,
-            unit="step",
-            disable=not trainer.is_global_zero,
-        )
+        folder = self.folder if trainer.is_global_zero else None
+        self.bar = Bar(self.label, module.recipe.steps, "step", folder, trainer.global_step, hidden=not trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"].detach()
@@ -177,16 +182,32 @@ class Progress(pl.Callback):
         self.bar.update()
         if trainer.global_step % self.every == 0:
             epoch = trainer.global_step * self.epochs_per_step
-            self.bar.set_postfix_str(f"epoch {epoch:.0f}, loss {float(self.smooth):.4f}", refresh=False)
+            self.bar.bar.set_postfix_str(f"epoch {epoch:.0f}, loss {float(self.smooth):.4f}", refresh=False)
             if trainer.logger is not None:
                 trainer.logger.log_metrics({"train/loss": float(self.smooth), "train/epoch": epoch}, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.bar.close()
+        self.bar.bar.close()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "bar"):
-            self.bar.close()
+            self.bar.bar.close()
+
+
+def resumable(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from. A damaged one is removed, with a warning."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return False
+    try:
+        with zipfile.ZipFile(path) as content:
+            damaged = content.testzip() is not None  # torch itself does not look at the checksums
+    except zipfile.BadZipFile:
+        damaged = True
+    if damaged:
+        log.warning("%s: the checkpoint is damaged; training begins anew", path)
+        path.unlink()
+    return not damaged
 
 
 def train(
@@ -199,48 +220,82 @@ def train(
     model_index: int = 0,
     label: str = "training",
     logger: Logger | None = None,
+    resume: bool | None = None,
 ) -> None:
     """Train into `folder`, from its `last.ckpt` if there is one.
 
-    Leaves `raw.safetensors`, `ema.safetensors`, both once more for each snapshot as `step<step>-...`, and `training.json`.
+    Leaves `raw.safetensors`, `ema.safetensors`, both once more for each snapshot as `step<step>-...`, and last `training.json`.
+
+    Args:
+        folder: where to; on every rank.
+        diffusion: trained in place.
+        pixels: uint8 [n, C, H, W], the members.
+        recipe, options: how, and on what.
+        seed, model_index: what every draw is a function of.
+        label: for the progress bar.
+        logger: for the loss.
+        resume: whether from a checkpoint; None to look. Ranks must agree.
+
+    Raises:
+        ConfigError: if the devices are not there, or the batch does not divide over them.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    if (folder / "training.json").exists():  # killed when all was done but the last rename
+        return
     keep = KeepWeights(folder, options.checkpoint_every)
-    resume = keep.checkpoint if keep.checkpoint.exists() else None
-    if resume is not None:
+    resume = resumable(folder) if resume is None else resume
+    if resume:
         log.info("%s: going on from the checkpoint of a run that was cut off", label)
-    trainer = pl.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=options.strategy,
-        precision=options.precision,  # type: ignore[arg-type]
-        max_steps=recipe.steps,
-        max_epochs=-1,
-        gradient_clip_val=recipe.grad_clip or None,
-        logger=logger if logger is not None else False,
-        callbacks=[keep, Progress(label, options.log_every)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=options.log_every,
-        default_root_dir=folder,
-    )
+    joined = options.world == ranks.count() > 1
+    strategy = options.strategy
+    if strategy == "auto" and options.world != 1:
+        strategy = "ddp" if joined else "ddp_spawn"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that srun is there and not used
+        try:
+            trainer = pl.Trainer(
+                accelerator=options.accelerator,
+                devices=options.devices,
+                num_nodes=options.num_nodes,
+                strategy=strategy,
+                # Named, so that variables of an allocation never make Lightning wait for ranks; submitit does the requeuing.
+                plugins=[SLURMEnvironment(auto_requeue=False) if joined else LightningEnvironment()],
+                precision=options.precision,  # type: ignore[arg-type]
+                max_steps=recipe.steps,
+                max_epochs=-1,
+                gradient_clip_val=recipe.grad_clip or None,
+                logger=logger if logger is not None else False,
+                callbacks=[keep, Progress(label, options.log_every, folder), Interruption(keep.save)],
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                log_every_n_steps=options.log_every,
+                default_root_dir=folder,
+            )
+        except (MisconfigurationException, RuntimeError) as e:
+            raise ConfigError("trainer.devices", options.devices, f"cannot be had ({' '.join(str(e).split())})") from e
     if recipe.batch_size % trainer.world_size:
         raise ConfigError("training.batch_size", recipe.batch_size, f"must divide over {trainer.world_size} devices")
+    n = trainer.world_size
+    log.info(
+        "%s: %d images a step (%d on each of %d devices), learning rate %g, never scaled: the same training on any number of devices",
+        *(label, recipe.batch_size, recipe.batch_size // n, n, recipe.lr),
+    )
     started = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
-        trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=resume)
-    keep.checkpoint.unlink(missing_ok=True)
+        trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=keep.checkpoint if resume else None)
+    if not trainer.is_global_zero:
+        return
     facts = {
         "steps": recipe.steps,
         "epochs": recipe.steps * recipe.batch_size / len(pixels),
         "n_members": len(pixels),
         "seconds": round(time.monotonic() - started, 3),
-        "resumed": resume is not None,
+        "resumed": resume,
         "parameters": sum(p.numel() for p in diffusion.net.parameters()),
         "recipe": asdict(recipe),
     }
-    (folder / "training.json").write_text(json.dumps(facts, indent=1))
+    write_atomic(folder / "training.json", json.dumps(facts, indent=1))
+    keep.checkpoint.unlink(missing_ok=True)
     log.info("%s: %d steps, %.0f epochs of %d images, %.0f s", label, recipe.steps, facts["epochs"], len(pixels), facts["seconds"])

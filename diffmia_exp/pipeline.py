@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from diffmia_exp import runs
+from diffmia_exp import ranks, runs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.experiment import Experiment, NotApplicable
@@ -30,20 +31,38 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
             return runs.not_applicable(experiment.output_dir, experiment.name, config, str(e), text)
         experiment.load()
         workshop = Workshop(experiment)
-        if experiment.stage == "train":
-            workshop.train_all()
-            return runs.Result({"status": "trained", "name": experiment.name, "train_key": experiment.key(experiment.target_index)})
-        folder = runs.folder(experiment.output_dir, experiment.name, experiment.run_key())
-        result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())
-        if result is None:
-            _must_be_stored(experiment)
-            with runs.writing(folder, text) as unfinished:
-                result = runs.write(unfinished, folder.name, workshop)
-                runs.alarm(text, result["unsound"])
-    result.folder = folder
+        if ranks.rank():
+            workshop.follow()
+            return runs.Result({"status": "took part", "name": experiment.name})
+        with workshop.ranks.leading():
+            result = _work(experiment, workshop, text)
+    if (folder := result.folder) is None:
+        return result
     if experiment.tracking.effective_mode != "disabled" and not (folder / "wandb.json").exists():
         result.tracked = experiment.tracking.attack(experiment.output_dir, folder, config)
         (folder / "wandb.json").write_text(json.dumps({"folder": result.tracked} | experiment.tracking.place))
+    return result
+
+
+def _work(experiment: Experiment, workshop: Workshop, text: io.StringIO) -> runs.Result:
+    facts = runs.identity(experiment.config) | {"name": experiment.name}
+    if experiment.stage == "train":
+        workshop.train_all()
+        return runs.Result(facts | {"status": "trained", "train_key": experiment.key(experiment.target_index)})
+    folder = runs.folder(experiment.output_dir, experiment.name, experiment.run_key())
+    result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())
+    if result is None:
+        _must_be_stored(experiment)
+        if experiment.part is not None:
+            workshop.measure_part(*experiment.part)
+            return runs.Result(facts | {"status": "measured"})
+        with runs.exclusively(folder):
+            result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())  # by another process meanwhile
+            if result is None:
+                with runs.writing(folder, text) as unfinished:
+                    result = runs.write(unfinished, folder.name, workshop)
+                    runs.alarm(text, result["unsound"])
+    result.folder = folder
     return result
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from diffmia_exp.errors import ConfigError, choice, flag, number, whole
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+STRATEGIES = ("auto", "ddp", "ddp_spawn")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class TrainerOptions:
     """Where and how training runs. Only `precision` changes the weights by more than rounding, and is part of the store key.
 
     Args:
-        accelerator, devices, num_nodes, strategy, precision: as in `pytorch_lightning.Trainer`.
+        accelerator, devices, num_nodes, precision: as in `pytorch_lightning.Trainer`.
+        strategy: `auto`, `ddp` or `ddp_spawn`. With several devices `auto` is `ddp` where SLURM started a task for each, and
+            `ddp_spawn`, which starts its own processes, elsewhere.
         checkpoint_every: steps between two checkpoints to resume from.
         log_every: steps between two logged losses.
     """
@@ -87,6 +90,37 @@ class TrainerOptions:
         if self.devices != "auto":
             whole("devices", self.devices, least=1)
         whole("num_nodes", self.num_nodes, least=1)
+        choice("strategy", self.strategy, STRATEGIES)
         choice("precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
         whole("checkpoint_every", self.checkpoint_every, least=1)
         whole("log_every", self.log_every, least=1)
+
+    @property
+    def world(self) -> int | None:
+        """Processes that train a model together; None where Lightning counts the devices."""
+        return self.devices * self.num_nodes if isinstance(self.devices, int) else None
+
+    def alone(self) -> TrainerOptions:
+        """The same on one device."""
+        return replace(self, devices=1, num_nodes=1, strategy="auto")
+
+    def check_launch(self, tasks: int) -> None:
+        """Refuse what cannot be launched from here.
+
+        Args:
+            tasks: that SLURM started for this job.
+
+        Raises:
+            ConfigError: naming the way out.
+        """
+        if tasks > 1:
+            if self.world != tasks:
+                must = f"must make up the job's {tasks} tasks, one a device (trainer.devices times trainer.num_nodes)"
+                raise ConfigError("devices", self.devices, must)
+            if self.strategy == "ddp_spawn":
+                raise ConfigError("strategy", "ddp_spawn", f"would start processes beside the job's {tasks} tasks; use auto")
+        elif self.num_nodes > 1:
+            raise ConfigError("num_nodes", self.num_nodes, "needs a SLURM task for every device; add cluster=slurm")
+        elif self.strategy == "ddp" and self.devices != 1:
+            must = "would start this command, and with it the whole grid, once more for each device; use auto, or cluster=slurm"
+            raise ConfigError("strategy", "ddp", must)

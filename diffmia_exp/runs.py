@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from diffmia_exp import __version__
+from diffmia_exp import __version__, claims
 from diffmia_exp.config import Plain
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.scores import ScoreTable
@@ -107,6 +107,16 @@ def logged() -> Iterator[io.StringIO]:
         yield text
     finally:
         logging.getLogger().removeHandler(handler)
+
+
+@contextlib.contextmanager
+def exclusively(folder: Path) -> Iterator[None]:
+    """One process at a time writes a run folder; what one that was killed left beside it is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with claims.exclusive(folder.with_name(f".{folder.name}.claim"), folder.name):
+        for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield
 
 
 @contextlib.contextmanager

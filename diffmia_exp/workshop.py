@@ -17,8 +17,9 @@ from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
 from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError
-from diffmia_exp.evaluation import measure
+from diffmia_exp.evaluation import measure, parts
 from diffmia_exp.experiment import Experiment, described
+from diffmia_exp.ranks import Ranks
 from diffmia_exp.recipe import Recipe
 from diffmia_exp.scores import ScoreTable
 from diffmia_exp.selection import Candidate
@@ -34,6 +35,7 @@ class Workshop:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
+        self.ranks = Ranks()
         self._loaded: tuple[int, Diffusion, Plain] | None = None
 
     def train(self, index: int, position: str = "") -> Path:
@@ -42,31 +44,59 @@ class Workshop:
         spec, role = e.model_spec(index), e.role(index)
         if (found := e.stores["models"].get(spec)) is not None:
             return found
-        net, label = e.net(index), f"training {role} model {index}{position}"
-        recipe = e.shadow_recipe if role == "shadow" else e.recipe
-        row = e.draws(index)
+        net, pixels, recipe, row, label = *self._training(index), f"training {role} model {index}{position}"
         name = f"m{row}" if row == index else f"m{row}-held-out"
-        return self._trained(spec, net, e.images.pixels[e.members(index)], recipe, e.seed, row, name, label)
+        return self._trained(spec, net, pixels, recipe, e.seed, row, name, label, index)
+
+    def _training(self, index: int) -> tuple[torch.nn.Module, Pixels, Recipe, int]:
+        """What the training of model `index` begins with: network, members, recipe, and the row whose draws it gets."""
+        e = self.experiment
+        recipe = e.shadow_recipe if e.role(index) == "shadow" else e.recipe
+        return e.net(index), e.images.pixels[e.members(index)], recipe, e.draws(index)
 
     def _trained(
-        self, spec: Plain, net: torch.nn.Module, pixels: Pixels, recipe: Recipe, seed: int, index: int, name: str, label: str
+        self,
+        spec: Plain,
+        net: torch.nn.Module,
+        pixels: Pixels,
+        recipe: Recipe,
+        seed: int,
+        row: int,
+        name: str,
+        label: str,
+        index: int | None = None,
     ) -> Path:
+        """The store entry of a model; all ranks of the job train that of `index`, one device alone a model of the adversary's own."""
         e = self.experiment
         key = e.stores["models"].key(spec)
 
         def make(folder: Path) -> None:
             from diffmia_exp import lit  # seconds to import
 
+            resume = lit.resumable(folder)
+            if index is not None:
+                self.ranks.call(index, resume)
+            options = e.trainer if index is not None else e.trainer.alone()
             called = f"train-{e.config['dataset']['name']}-s{e.seed}-{name}"
             with e.tracking.training(e.output_dir, key, called, spec, folder) as logger:
-                lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, seed, index, label, logger)
+                lit.train(folder, e.diffusion(net), pixels, recipe, options, seed, row, label, logger, resume)
 
         return e.stores["models"].get_or_make(spec, make)
+
+    def follow(self) -> None:
+        """What the tasks of a SLURM job but the first do: take part in the trainings that the first one begins."""
+        from diffmia_exp import lit
+
+        e = self.experiment
+        for index, resume in self.ranks.orders():
+            net, pixels, recipe, row = self._training(index)
+            folder = e.stores["models"].root / f"{e.key(index)}.partial"
+            lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, e.seed, row, f"training model {index}", None, resume)
 
     def train_all(self) -> None:
         """Target and shadows, or the one model that was asked for."""
         e = self.experiment
-        one = e.config["model_index"]
+        one = e.held_out if e.config["model_index"] == "held_out" else e.config["model_index"]
         wanted = [one] if one is not None else e.models
         for n, index in enumerate(wanted):
             log.info("model %d (%d of %d) is in %s", index, n + 1, len(wanted), self.train(index, f" ({n + 1} of {len(wanted)})"))
@@ -146,11 +176,37 @@ class Workshop:
             shown = everything if images is None else images
             access = e.threat_model.grant(diffusion, candidate.attack.access, max(len(everything), len(shown)), self._sampler(index))
             label = f"measuring {e.config['attack']['name']}{position}"
-            out, cost = measure(candidate.attack, access, Home(self, index), shown, e.evaluation, diffusion.device, label)
+            out, cost = measure(candidate.attack, access, Home(self, index), shown, e.evaluation, diffusion.device, label, folder)
             np.save(folder / "signals.npy", out, allow_pickle=False)
             (folder / "cost.json").write_text(json.dumps(cost))
 
         return e.stores["signals"].get_or_make(e.signals_spec(index, candidate, images), make)
+
+    def measure_part(self, k: int, of: int) -> None:
+        """Measure the k-th (from 1) of so many parts of the images on every model; whoever finds all parts there puts them together."""
+        e = self.experiment
+        everything = e.images.where(e.measured)
+        slices = [at for at in parts(len(everything), e.evaluation.batch_size, of) if at.stop > at.start]
+        shown = [Images(everything.pixels[at], everything.sample_id[at]) for at in slices]
+        rows = [e.target_index, *e.shadows]
+        for n, index in enumerate(rows):
+            for candidate in e.candidates:
+                for images in shown[k - 1 : k]:
+                    self.measured(index, candidate, f", part {k} of {of}{_of(n, rows)}", images)
+                found = [e.stores["signals"].get(e.signals_spec(index, candidate, images)) for images in shown]
+                if all(found):
+                    self._put_together(index, candidate, [entry for entry in found if entry], [len(images) for images in shown])
+
+    def _put_together(self, index: int, candidate: Candidate, entries: list[Path], images: list[int]) -> None:
+        def make(folder: Path) -> None:
+            np.save(folder / "signals.npy", np.concatenate([np.load(p / "signals.npy", allow_pickle=False) for p in entries]))
+            costs = [json.loads((p / "cost.json").read_text()) for p in entries]
+            spent = sum(cost["nfe_per_image"] * n for cost, n in zip(costs, images, strict=True))
+            spent -= (len(entries) - 1) * candidate.attack.nfe_once(len(self.experiment.alphas_cumprod))  # what is spent once
+            cost = {"nfe_per_image": spent / sum(images), "seconds": round(sum(c["seconds"] for c in costs), 3)}
+            (folder / "cost.json").write_text(json.dumps(cost))
+
+        self.experiment.stores["signals"].get_or_make(self.experiment.signals_spec(index, candidate), make)
 
     def signals(self, candidate: Candidate) -> Signals:
         """A candidate's signals on the target and on all shadows that its attack needs."""

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmia_exp import store
+from diffmia_exp import claims, store
 from diffmia_exp.store import Store, StoreError, digest
 
 SPEC = {"seed": 1, "model": {"channels": [8, 16]}}
@@ -67,7 +67,7 @@ def test_digest_refuses_what_json_cannot_say() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "no DONE", "bad DONE"])
-def test_a_damaged_entry_is_never_used(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     s = Store(tmp_path, "models")
     entry = s.get_or_make(SPEC, write)
     weights = entry / "weights"
@@ -83,9 +83,24 @@ def test_a_damaged_entry_is_never_used(tmp_path: Path, damage: str) -> None:
         (entry / "DONE").unlink()
     else:
         (entry / "DONE").write_text("{")
-    for ask in (lambda: s.get(SPEC), lambda: s.get_or_make(SPEC, write)):
-        with pytest.raises(StoreError, match=r"rm -r .*" + s.key(SPEC)):
-            ask()
+    assert s.get(SPEC) is None
+    for n in (1, 2):
+        again = s.get_or_make(SPEC, write)
+        assert again == entry
+        assert s.get(SPEC) == entry
+        assert (entry / "weights").read_bytes() == b"w" * 1000
+        aside = entry.with_name(f"{entry.name}.damaged-{n}")
+        assert aside.is_dir(), "nothing is deleted"
+        assert f"set aside as {aside.name}" in caplog.text
+        (entry / "weights").write_bytes(b"x")
+
+
+def test_an_entry_that_was_killed_just_before_it_was_renamed_is_whole(tmp_path: Path) -> None:
+    s = Store(tmp_path, "models")
+    entry = s.get_or_make(SPEC, write)
+    os.rename(entry, entry.with_name(f"{entry.name}.partial"))
+    assert s.get_or_make(SPEC, write) == entry
+    assert s.get(SPEC) == entry
 
 
 def test_an_error_while_making_leaves_no_entry_and_no_claim(tmp_path: Path) -> None:
@@ -175,22 +190,22 @@ def test_a_claim_from_another_machine_is_kept_while_it_beats_and_broken_when_it_
     claim = next((tmp_path / "models").glob("*.claim"))
     owner = json.loads((claim / "owner.json").read_text()) | {"machine": "elsewhere"}
     (claim / "owner.json").write_text(json.dumps(owner))
-    monkeypatch.setattr(store, "STALE", 3.0)
+    monkeypatch.setattr(claims, "STALE", 3.0)
     started = time.monotonic()
     Store(tmp_path, "models").get_or_make(SPEC, write)
     assert 2.5 < time.monotonic() - started < 20
 
 
 def test_a_beating_claim_is_never_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "STALE", 1.0)
-    monkeypatch.setattr(store, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(claims, "STALE", 1.0)
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.2)
     claim = tmp_path / "x.claim"
-    with store._claimed(claim) as held:
+    with claims.claimed(claim) as held:
         assert held is not None
         owner = json.loads((claim / "owner.json").read_text()) | {"machine": "elsewhere"}
         (claim / "owner.json").write_text(json.dumps(owner))
         time.sleep(2)
-        with store._claimed(claim) as second:
+        with claims.claimed(claim) as second:
             assert second is None
         held()
     assert not claim.exists()
@@ -211,16 +226,16 @@ def test_an_owner_whose_claim_was_taken_does_not_publish(tmp_path: Path) -> None
 
 def test_breaking_spares_a_new_owner(tmp_path: Path) -> None:
     claim = tmp_path / "x.claim"
-    assert store._take(claim, "new")
-    store._break(claim, "old")
+    assert claims._take(claim, "new")
+    claims._break(claim, {"token": "old"})
     assert json.loads((claim / "owner.json").read_text())["token"] == "new"
-    assert not store._take(claim, "third")
+    assert not claims._take(claim, "third")
 
 
 def test_atomic_write_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        store.write_atomic(path, "\ud800")
+        claims.write_atomic(path, "\ud800")
     assert [p.name for p in tmp_path.iterdir()] == ["spec.yaml"]
     assert path.read_text() == "old"
