@@ -70,9 +70,9 @@ if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None
 
 
 def _wait(jobs: Sequence[Any]) -> list[Any]:
-    """Return when every job has its result or is lost; the lost ones."""
+    """Return when every job has its result or is lost; the lost ones. Tells why tasks wait."""
     pending, missed = list(jobs), dict.fromkeys((job.job_id for job in jobs), 0.0)
-    lost = []
+    lost, told = [], ""
     while pending:
         time.sleep(POLL)
         queued = _queued({job.job_id.split("_")[0] for job in pending})
@@ -86,15 +86,19 @@ def _wait(jobs: Sequence[Any]) -> list[Any]:
                     lost.append(job)
             else:
                 missed[job.job_id] = 0.0
+        reasons = ", ".join(sorted({reason for reason in (queued or {}).values() if reason not in ("None", "Priority", "Resources")}))
+        if reasons not in ("", told):
+            log.info("some tasks wait (%s)", reasons)
+            told = reasons
     return lost
 
 
-def _queued(arrays: set[str]) -> set[str] | None:
-    """The tasks of some arrays that are waiting or running; None if SLURM does not say."""
-    asked = subprocess.run(["squeue", "-h", "-r", "-o", "%i", "-j", ",".join(sorted(arrays))], capture_output=True, text=True)
+def _queued(arrays: set[str]) -> dict[str, str] | None:
+    """The tasks of some arrays that are waiting or running, and why they wait; None if SLURM does not say."""
+    asked = subprocess.run(["squeue", "-h", "-r", "-o", "%i %r", "-j", ",".join(sorted(arrays))], capture_output=True, text=True)
     if asked.returncode and "Invalid job id" not in asked.stderr:
         return None  # the controller does not answer: that says nothing of the jobs
-    return set(asked.stdout.split())
+    return dict(line.split(maxsplit=1) for line in asked.stdout.splitlines())
 
 
 def _outcome(job: Any, lost: bool, folder: Path, overrides: Sequence[str]) -> JobReturn:
