@@ -72,7 +72,9 @@ def claimed(claim: Path) -> Iterator[Callable[[], None] | None]:
 
     def check() -> None:
         if (owner(claim) or {}).get("token") != token:
-            raise StoreError(f"{claim}: the claim was taken over by another process; run the same command again")
+            raise StoreError(
+                f"{claim}: lost; it was taken over by another process, or the file system was away; run the same command again"
+            )
 
     stop = threading.Event()
 
@@ -151,7 +153,7 @@ def is_stale(claim: Path, who: dict[str, Any]) -> bool:
 def _take(claim: Path, token: str) -> bool:
     """Claim by renaming a folder into place: atomic, also on network file systems, and never seen without its owner."""
     mine = claim.with_name(f"{claim.name}.{token[:8]}.tmp")
-    who = {"token": token, "machine": _machine(), "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    who = {"token": token, "machine": _machine(), "host": _host(), "pid": os.getpid(), "born": _born(os.getpid())}
     who |= {"user": _me(), "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         mine.mkdir()
@@ -185,6 +187,10 @@ def _break(claim: Path, who: dict[str, Any]) -> None:
     else:
         log.info("%s: its owner is gone; taking over", claim.name)
     shutil.rmtree(grave, ignore_errors=True)
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _me() -> str:

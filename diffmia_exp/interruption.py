@@ -33,9 +33,14 @@ class Interruption(pl.Callback):
         self.before: dict[int, Any] = {}
         self.received: list[int] = []
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        # Here, before Lightning puts in its own, which ends a training that submitit wants to go on, or blocks where ranks disagree.
         if threading.current_thread() is threading.main_thread():
-            self.before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+            self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for signum in self.before:
+            signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received.append(signum)

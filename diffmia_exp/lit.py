@@ -7,6 +7,7 @@ last checkpoint and ends with the same bits, and a run on more devices sees the 
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -144,6 +145,8 @@ class KeepWeights(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint, so that it is whole or as it was; all ranks together."""
+        if not self.folder.is_dir():  # Lightning would make it anew, in what is left of a lost file system
+            raise OSError(errno.ESTALE, "the folder has vanished", str(self.folder))
         unfinished = self.checkpoint.with_suffix(f".{os.getpid()}.tmp")  # of this process alone, should another think it is its turn
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:

@@ -219,7 +219,7 @@ def test_an_owner_whose_claim_was_taken_does_not_publish(tmp_path: Path) -> None
         claim = next((tmp_path / "models").glob("*.claim"))
         (claim / "owner.json").write_text(json.dumps({"token": "another"}))
 
-    with pytest.raises(StoreError, match="taken over"):
+    with pytest.raises(StoreError, match="lost; it was taken over"):
         s.get_or_make(SPEC, make)
     assert s.get(SPEC) is None
 

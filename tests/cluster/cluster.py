@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 HOME = Path(os.environ.get("DIFFMIA_CLUSTER", "/tmp/diffmia-cluster"))
 NODES = ("n1", "n2")
 CONF = """\
