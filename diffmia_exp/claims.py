@@ -34,6 +34,9 @@ POLL = 1.0
 """Seconds between two looks at a claim that another process holds."""
 
 
+_swept: set[Path] = set()
+
+
 class StoreError(UserError):
     """A place in the output folder that must not or may not be used."""
 
@@ -60,6 +63,7 @@ def claimed(claim: Path) -> Iterator[Callable[[], None] | None]:
         StoreError: if the claim is another user's and may not be read, or not be removed though its owner is gone.
     """
     token = uuid.uuid4().hex
+    _sweep(claim.parent)
     if not _take(claim, token):
         found = owner(claim)
         if found is None or not is_stale(claim, found):
@@ -169,6 +173,17 @@ def _take(claim: Path, token: str) -> bool:
         shutil.rmtree(mine, ignore_errors=True)
         return False
     return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed in the midst of claiming have left in a folder; once a process."""
+    if folder in _swept or not folder.is_dir():
+        return
+    _swept.add(folder)
+    for left in [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".tmp") and ".claim." in entry.name]:
+        who = owner(left)
+        if who is not None and is_stale(left, who):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _break(claim: Path, who: dict[str, Any]) -> None:

@@ -286,7 +286,7 @@ def train(
     )
     started = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
         trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=keep.checkpoint if resume else None)
     if not trainer.is_global_zero:
         return

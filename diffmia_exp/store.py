@@ -72,9 +72,14 @@ class Store:
             StoreError: if there is one that cannot be read.
         """
         try:
-            return self._verified(spec)
+            found = self._verified(spec)
         except Damaged:
             return None
+        if found is not None and (claim := found.with_name(f"{found.name}.claim")).exists():
+            # Its maker is about to remove it, or was killed before it could.
+            with contextlib.suppress(StoreError), claims.claimed(claim):
+                pass
+        return found
 
     def _verified(self, spec: dict[str, Any]) -> Path | None:
         path = self.root / self.key(spec)
