@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lint bench bench-statistics grid report dashboard sync clean
+.PHONY: help demo test test-browser test-cluster cluster-up cluster-down lint
+.PHONY: bench bench-statistics bench-cluster grid report dashboard sync clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +20,15 @@ test: $(READY) ## Run the tests
 test-browser: $(READY) ## Run the tests of the report in Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser
 
+test-cluster: $(READY) ## Run the tests on a SLURM of two nodes, which is started for them (root, Linux)
+	$(BIN)/python -m pytest tests/cluster
+
+cluster-up: $(READY) ## Start a SLURM of two nodes on this machine, to try things by hand
+	$(BIN)/python -m tests.cluster.cluster up
+
+cluster-down: $(READY) ## Stop it
+	$(BIN)/python -m tests.cluster.cluster down
+
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,8 +40,15 @@ bench: $(READY) ## Print ratios of speed and memory, measured in one run
 bench-statistics: $(READY) ## Simulate how often intervals cover, bounds hold and tests reject (docs/statistics.md)
 	$(BIN)/python -m tests.bench_statistics
 
-grid: $(READY) ## Run an experiment: make grid EXPERIMENT=gray_box_grid
-	$(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid)
+bench-cluster: $(READY) ## Compare an array on two nodes with one node
+	$(BIN)/python -m tests.cluster.bench
+
+# A model, or a cell, that failed leaves the others: the stages go on, and the exit status tells. Repeated, it does what is missing.
+GRID = $(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid) cluster=$(or $(CLUSTER),local) $(SET)
+
+grid: $(READY) ## Train, attack, report: make grid EXPERIMENT=headline CLUSTER=slurm SET="training.steps=100"
+	failed=0; $(GRID) stage=train || failed=1; $(GRID) stage=attack || failed=1; \
+	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs) || failed=1; exit $$failed
 
 report: $(READY) ## Write an HTML report: make report RUNS=outputs/runs [WANDB=1 to log it to W&B too]
 	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs) $(if $(WANDB),--wandb)

@@ -119,7 +119,7 @@ class Store:
                     if (found := self._whole(spec)) is not None:
                         return found
                     with _resumable(partial):
-                        write_atomic(partial / "spec.yaml", yaml.safe_dump(spec, sort_keys=False))
+                        (partial / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
                         make(partial)
                     held()
                     self._publish(partial, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from diffmia_exp.diffusion import Diffusion, linear
 from diffmia_exp.experiment import Experiment
 from diffmia_exp.noise import derive, gaussian
 from diffmia_exp.recipe import Recipe, TrainerOptions
+from diffmia_exp.store import Store, sha256
 from diffmia_exp.threat_models import GrayBox
 from diffmia_exp.workshop import Workshop
 from tests.composing import CONF, composed, names
@@ -251,6 +253,21 @@ def memory() -> bool:
     return line("peak memory with 32 shadows / with 2", thirty_two / two, 1.10, f"{thirty_two:.0f} MiB, {two:.0f} MiB") and flat
 
 
+def store() -> bool:
+    """What the store costs beside the work, with 10,000 entries in it: finding one, and claiming, writing down and ending another."""
+    with tempfile.TemporaryDirectory() as out:
+        entries = Store(Path(out), "models")
+        for n in range(10_000):
+            entry = entries.root / entries.key({"n": n})
+            entry.mkdir(parents=True)
+            (entry / "spec.yaml").write_text("{}")
+            (entry / "DONE").write_text(json.dumps({"sha256": {"spec.yaml": sha256(entry / "spec.yaml")}}))
+        found = [timed(lambda n=n: entries.get({"n": n})) * 1e3 for n in range(0, 10_000, 50)]
+        made = [timed(lambda n=n: entries.get_or_make({"n": n}, lambda _: None)) * 1e3 for n in range(10_000, 10_200)]
+    ok = line("lookup among 10,000 entries, ms", statistics.median(found), 20, f"at most {max(found):.1f} ms")
+    return line("claim and end of an entry, ms", statistics.median(made), 20, f"at most {max(made):.1f} ms") and ok
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{'what':44s}   ratio      bound")
     parts = {
@@ -260,6 +277,7 @@ if __name__ == "__main__":
         "variations": variations,
         "signals": signals,
         "memory": memory,
+        "store": store,
         "grid": grid,
     }
     chosen = sys.argv[1:] or list(parts)
