@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.cluster import cluster
 
-MODELS, STEPS = 16, 300
+MODELS, STEPS = 16, 100
 IDEAL = 0.85
 """Share of twice the speed that is wanted."""
 
