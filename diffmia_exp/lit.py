@@ -10,6 +10,7 @@ import copy
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import time
 import warnings
@@ -213,6 +214,15 @@ def resumable(folder: Path) -> bool:
     return not damaged
 
 
+def _end(children: list[Any]) -> None:
+    """Have the processes that ddp_spawn started save and end before this one gives its claim back."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(60)
+        child.kill()
+
+
 def train(
     folder: Path,
     diffusion: Diffusion,
@@ -285,9 +295,14 @@ def train(
         *(label, recipe.batch_size, recipe.batch_size // n, n, recipe.lr),
     )
     started = time.monotonic()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-        trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=keep.checkpoint if resume else None)
+    others = multiprocessing.active_children()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+            trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=keep.checkpoint if resume else None)
+    except BaseException:
+        _end([child for child in multiprocessing.active_children() if child not in others])
+        raise
     if not trainer.is_global_zero:
         return
     facts = {

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from diffmia_exp import claims, grid, status
 from diffmia_exp.errors import UserError
@@ -147,3 +148,18 @@ def test_the_view_of_ten_thousand_entries_needs_no_torch(tmp_path: Path) -> None
     assert ".. and 2480 more" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "hydra", "omegaconf", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "tasks", "gpus"),
+    [
+        (["trainer=cpu"], 1, 1, None),
+        (["trainer=ddp", "trainer.devices=8", "trainer.num_nodes=2"], 2, 8, 8),
+        (["trainer=ddp", "trainer.devices=8", "trainer.num_nodes=2", "stage=attack"], 1, 1, 1),
+        (["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"], 1, 2, None),
+    ],
+)
+def test_what_slurm_is_asked_for_follows_from_the_trainer(given: list[str], nodes: int, tasks: int, gpus: int | None) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        asked = compose("config", ["cluster=slurm", "cluster.partition=p", *given], return_hydra_config=True).hydra.launcher
+    assert (asked.nodes, asked.tasks_per_node, asked.gpus_per_node, asked.partition) == (nodes, tasks, gpus, "p")

@@ -257,7 +257,7 @@ GROUPS = [d.name for d in sorted(CONF.iterdir()) if d.is_dir() and d.name not in
 GIVEN = {"arrays": ["dataset.path=x", "dataset.image_size=8", "dataset.channels=1"], "image_folder": ["dataset.path=x"]}
 
 
-@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in names(g) if (g, o) != ("cluster", "slurm")])
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in names(g)])
 def test_every_shipped_option_composes_and_says_its_name(group: str, option: str) -> None:
     given = GIVEN.get(option, ["split.path=x"] if option == "from_file" else [])
     config: dict[str, Any] = composed(f"{group}={option}", *given)

@@ -41,7 +41,9 @@ def in_another(target: Callable[..., object], *arguments: object, user: int | No
 
     process = fork.Process(target=body)
     process.start()
-    answer = receiver.recv()
+    if not receiver.poll(30):
+        process.kill()
+    answer = receiver.recv() if receiver.poll() else "nothing: it waits for ever"
     process.join()
     return str(answer)
 

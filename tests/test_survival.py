@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -18,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffmia_exp import lit
+from diffmia_exp import claims, lit
 from diffmia_exp.pipeline import run
+from diffmia_exp.recipe import TrainerOptions
 from diffmia_exp.scores import ScoreTable
 from tests import command
 from tests.composing import composed
 from tests.test_pipeline import quick
-from tests.test_training import OPTIONS, train, weights
+from tests.test_training import RECIPE, train, weights
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["diffmia_exp.pipeline", "diffmia_exp.lit", "diffmia_exp.figures", "diffusers", "tests.test_survival"])
@@ -104,7 +107,7 @@ def _train_slowly(folder: Path, told: Any) -> None:
         signal.signal(signal.SIGUSR2, lambda *_: os._exit(3))
     if signum == signal.SIGTERM:  # as submitit does: it lets SIGTERM pass
         signal.signal(signal.SIGTERM, lambda *_: (folder / "passed").touch())
-    never = OPTIONS.__class__(accelerator="cpu", checkpoint_every=10**6)
+    never = TrainerOptions(accelerator="cpu", checkpoint_every=10**6)
     train(folder, never)
 
 
@@ -125,6 +128,27 @@ def test_a_signal_is_answered_with_a_checkpoint_and_handed_on(tmp_path: Path, si
     assert json.loads((folder / "training.json").read_text())["resumed"] == (signum != signal.SIGTERM)
     undisturbed = train(tmp_path / "undisturbed")
     assert weights(folder) == weights(undisturbed)
+
+
+def _train_on_two(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    recipe = dataclasses.replace(RECIPE, steps=20_000, snapshots=[2])
+    train(folder, TrainerOptions(accelerator="cpu", devices=2, checkpoint_every=10**6), recipe)
+
+
+def test_processes_that_train_one_model_end_together_and_leave_a_checkpoint(tmp_path: Path) -> None:
+    process = _start(_train_on_two, tmp_path)
+    while not (tmp_path / "step0000002-ema.safetensors").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    assert process.pid is not None
+    children = [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) >= 2
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    assert (tmp_path / "last.ckpt").exists()
+    assert [pid for pid in children if claims._born(pid) is not None and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

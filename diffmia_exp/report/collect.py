@@ -97,7 +97,7 @@ def _grid_cells(cells: Iterable[Path], paths: dict[Path, None], found: Collectio
             kind, given = status["status"], str(status.get("overrides", ""))
             if kind == "failed":
                 failed.append((cell, given, str(status["error"])))
-            elif kind != "trained":
+            elif kind not in ("trained", "measured"):
                 overrides[status["run"]] = given
                 run = cell.parents[2] / "runs" / status["run"]
                 if not any(run.name == path.name for path in paths):
