@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,17 @@ QUICK = ["debug=quick", "evaluation=bare", "split.pool=32", "attack=pia"]
 LONG = ["stage=train", "training.steps=120", "trainer.checkpoint_every=10"]
 
 
+started: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def _none_stays() -> Iterator[None]:
+    yield
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 class Submitted:
     """`python run.py cluster=slurm ..`, which goes on until all tasks have ended."""
 
@@ -30,7 +41,9 @@ class Submitted:
             [sys.executable, "run.py", *small, *QUICK, *overrides], cwd=cluster.ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT
         )
 
-    def until(self, true: Callable[[], object], seconds: float = 60) -> None:
+        started.append(self.process)
+
+    def until(self, true: Callable[[], object], seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             assert self.process.poll() is None, self.log.read_text()
@@ -41,7 +54,7 @@ class Submitted:
         """A checkpoint has been written."""
         return bool(list(self.out.glob("models/*.partial/last.ckpt")))
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 300) -> int:
         """Wait for the exit status. Whatever SLURM puts back into the queue need not wait its two minutes."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
@@ -112,14 +125,14 @@ def test_a_requeued_training_goes_on_and_ends_with_the_same_bits(tmp_path: Path,
 
 def test_a_training_that_runs_out_of_time_saves_and_is_requeued(tmp_path: Path) -> None:
     """The periodic checkpoint is never reached: what is resumed was written when the signal came."""
-    endless = ["stage=train", "training.steps=100000", "trainer.checkpoint_every=50000", "cluster.minutes=1", "cluster.notice=30"]
+    endless = ["stage=train", "training.steps=100000", "trainer.checkpoint_every=50000", "cluster.minutes=2", "cluster.notice=75"]
     submitted = Submitted(tmp_path / "out", *endless)
-    submitted.until(lambda: "BeginTime" in cluster.call("squeue", "-h", "-o", "%r"), 90)
+    submitted.until(lambda: "BeginTime" in cluster.call("squeue", "-h", "-o", "%r"))
     assert submitted.training()
     assert not list(submitted.out.glob("models/*.claim"))
     assert "remaining timeouts" in submitted.errors()
     cluster.call("scontrol", "update", f"JobId={task()}", "StartTime=now")
-    submitted.until(lambda: "going on from the checkpoint" in submitted.errors(), 90)
+    submitted.until(lambda: "going on from the checkpoint" in submitted.errors())
     cluster.call("scancel", task())
     assert submitted.end() == 1
 
