@@ -51,7 +51,8 @@ def sweep(folder: Path) -> list[tuple[str, str]]:
     Returns:
         the overrides and the error of every cell that failed.
     """
-    statuses = [_status(cell) for cell in sorted(filter(Path.is_dir, folder.iterdir()), key=_number)]
+    cells = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]  # .submitit has SLURM's logs
+    statuses = [_status(cell) for cell in sorted(cells, key=_number)]
     failed = [(status["overrides"], status["error"]) for status in statuses if status["status"] == "failed"]
     lines = [Line(_metrics(status["folder"]), status["cached"], status["given"]) for status in statuses if "folder" in status]
     done = sorted((line for line in lines if line.result.get("status") == "done"), key=lambda line: -line.result["auc"])

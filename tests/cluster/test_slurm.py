@@ -68,7 +68,7 @@ class Submitted:
         return self.process.returncode
 
     def errors(self) -> str:
-        return "\n".join(log.read_text() for log in sorted(self.out.glob("sweeps/*/submitit/*/*_log.err")))
+        return "\n".join(log.read_text() for log in sorted(self.out.glob("sweeps/*/.submitit/*/*_log.err")))
 
 
 def task() -> str:
