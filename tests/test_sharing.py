@@ -233,8 +233,8 @@ def test_a_thousand_trainings_under_failures_none_twice_none_lost(tmp_path: Path
                 queue.append(tasks)
                 killed += process.exitcode == -signal.SIGKILL
                 failed += process.exitcode == 1
-        if running and rng.random() < 0.1:
-            rng.choice(list(running.values()))[0].kill()
+            if running and killed < 60 and rng.random() < 0.5:  # as tasks end, not as time goes by: a fast machine is no safer
+                rng.choice(list(running.values()))[0].kill()
     assert killed >= 20
     assert failed >= 5
     assert list((tmp_path / "duplicates").iterdir()) == [], "two processes made the same model at once"

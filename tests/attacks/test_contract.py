@@ -267,6 +267,7 @@ def test_an_untrained_target_betrays_nobody(name: str) -> None:
 
 def trained(folder: Path, members: np.ndarray, seed: int, steps: int) -> Diffusion:
     diffusion = Diffusion(random_net(seed), linear(T), image_shape=(1, 8, 8))
+    folder.mkdir()
     recipe = Recipe(steps=steps, batch_size=64, lr=3e-3, warmup_steps=20)
     lit.train(folder, diffusion, members, recipe, TrainerOptions(accelerator="cpu"), seed=seed)
     diffusion.net.load_state_dict(load_file(folder / "ema.safetensors"))
