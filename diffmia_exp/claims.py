@@ -182,8 +182,16 @@ def _sweep(folder: Path) -> None:
     _swept.add(folder)
     for left in [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".tmp") and ".claim." in entry.name]:
         who = owner(left)
-        if who is not None and is_stale(left, who):
+        if is_stale(left, who) if who is not None else _is_old(left, folder):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_old(left: Path, folder: Path) -> bool:
+    """Whether a thing without an owner was there long before the last change of its folder; both times are the file system's."""
+    try:
+        return folder.stat().st_mtime - left.stat().st_mtime > STALE
+    except OSError:
+        return False
 
 
 def _break(claim: Path, who: dict[str, Any]) -> None:

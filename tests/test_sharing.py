@@ -241,6 +241,14 @@ def test_a_thousand_trainings_under_failures_none_twice_none_lost(tmp_path: Path
     s = Store(tmp_path, "models")
     entries = [s.get({"task": n}) for n in range(MODELS)]
     assert all(entries), "lost"
-    assert {path.name for path in s.root.iterdir()} == {entry.name for entry in entries if entry}, "something was left behind"
+    # A process may die before it has signed what it makes: the next one removes that, once it is old enough to be nobody's.
+    left = set(s.root.iterdir()) - set(entries)
+    assert all(".claim." in path.name and path.suffix == ".tmp" for path in left), left
+    assert len(left) <= killed
+    for path in left:
+        os.utime(path, (0, 0))
+    with claims.claimed(s.root / "another.claim"):
+        pass
+    assert set(s.root.iterdir()) == set(entries), "something was left behind"
     again = sum(Counter((tmp_path / "made").read_text().split()).values()) - MODELS
     assert again <= killed, "made again only where the maker was killed before it was published"
