@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,25 +12,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffmia_exp import ranks, runs, selection
+from diffmia_exp import checks, runs, selection
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.config import Plain, build
 from diffmia_exp.data import Images, Source
 from diffmia_exp.diffusion import PREDICTIONS, Diffusion
-from diffmia_exp.errors import ConfigError, UserError, choice, whole
+from diffmia_exp.errors import ConfigError, choice, whole
 from diffmia_exp.evaluation import Evaluation
 from diffmia_exp.noise import derive, initialised
 from diffmia_exp.recipe import TrainerOptions
 from diffmia_exp.split import MemberSplit
 from diffmia_exp.store import Store, digest, sha256
-from diffmia_exp.threat_models import ThreatModel, enough, level_of
+from diffmia_exp.threat_models import ThreatModel
 from diffmia_exp.tracking import Wandb
 
 log = logging.getLogger(__name__)
-
-
-class NotApplicable(UserError):
-    """An attack that the threat model does not allow."""
 
 
 class Experiment:
@@ -61,10 +56,11 @@ class Experiment:
         self.shadow_recipe = self._shadow_recipe()
         trainer: TrainerOptions = build("trainer", config["trainer"])
         self.trainer = trainer.alone() if self.stage in ("attack", "report") else trainer  # which train no model of the split
-        self.part = self._part()
-        self._check_weights()
-        self._check_devices()
-        self._check_query_budget()
+        self.snapshot: int | None = config["snapshot"]
+        self.part = checks.part(self)
+        checks.weights(self)
+        checks.devices(self)
+        checks.query_budget(self)
 
     @property
     def attack(self) -> Attack:
@@ -76,65 +72,6 @@ class Experiment:
             return build("training", self.group("training", shadow=True))
         except ConfigError as e:
             raise ConfigError(e.key.replace("training", "threat_model.shadow_training", 1), e.given, e.must) from None
-
-    def _check_weights(self) -> None:
-        self.snapshot: int | None = self.config["snapshot"]
-        if self.config["checkpoint"] is not None:
-            runs.existing_file("checkpoint", self.config["checkpoint"])
-            if self.snapshot is not None:
-                raise ConfigError("snapshot", self.snapshot, "must be null where a checkpoint is attacked")
-            if self.stage == "train":
-                raise ConfigError("stage", self.stage, "must be all or attack where a checkpoint is attacked")
-            if "held_out" in self.evaluation.controls:
-                must = "needs the training of the attacked model, which a checkpoint does not tell; leave it out"
-                raise ConfigError("evaluation.controls", "held_out", must)
-        if self.snapshot is not None and self.snapshot not in self.recipe.snapshots:
-            raise ConfigError("snapshot", self.snapshot, f"must be one of training.snapshots={self.recipe.snapshots}")
-        if self.config["model_index"] is not None and self.stage != "train":
-            raise ConfigError("model_index", self.config["model_index"], "must be null unless stage=train; split.target_index is attacked")
-
-    def _part(self) -> tuple[int, int] | None:
-        """`part` as two numbers: which, of how many."""
-        if (part := self.config["part"]) is None:
-            return None
-        if not (match := re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(part))) or int(match[1]) > int(match[2]):
-            raise ConfigError("part", part, "must be k/n with k from 1 to n, as 2/4")
-        if self.stage not in ("all", "attack"):
-            raise ConfigError("part", part, f"must be null with stage={self.stage}; images are measured with stage=attack")
-        return int(match[1]), int(match[2])
-
-    def _check_devices(self) -> None:
-        try:
-            self.trainer.check_launch(ranks.count())
-        except ConfigError as e:
-            raise e.under("trainer") from None
-        if (world := self.trainer.world) is not None and self.recipe.batch_size % world:
-            must = f"must be a multiple of {world}, the number of devices (trainer.devices times trainer.num_nodes)"
-            raise ConfigError("training.batch_size", self.recipe.batch_size, must)
-
-    def _check_query_budget(self, images: int | None = None) -> None:
-        """The attack's cost against the budget; what is spent once is known once the number of images is."""
-        T, budget = len(self.alphas_cumprod), self.threat_model.query_budget
-        try:
-            nfe = max(c.attack.nfe(T) + (c.attack.nfe_once(T) / images if images else 0) for c in self.candidates)
-        except ConfigError as e:
-            raise e.under("attack") from None
-        if budget is not None and nfe > budget:
-            name = self.config["attack"]["name"]
-            must = f"must be at least {int(np.ceil(nfe))}, the model evaluations per image that attack={name} costs"
-            raise ConfigError("threat_model.query_budget", budget, must)
-
-    def check_access(self) -> None:
-        """Refuse an attack that asks for more than the threat model grants.
-
-        Raises:
-            NotApplicable: naming the threat models that would do.
-        """
-        if not self.threat_model.grants(self.attack.access):
-            raise NotApplicable(
-                f"threat_model={self.config['threat_model']['name']}: attack={self.config['attack']['name']} needs "
-                f"{level_of(self.attack.access)} access; use threat_model={enough(self.attack.access)}"
-            )
 
     def load(self) -> None:
         """Read the data, draw the split, and check that they suffice for the attack."""
@@ -149,8 +86,8 @@ class Experiment:
         elif self.config["model_index"] is not None:
             whole("model_index", self.config["model_index"], least=0, most=self.split.n_models - 1)
         elif self.stage != "train" or self.shadows:
-            self._check_shadows()
-        self._check_query_budget(int(self.measured.sum()))
+            checks.shadows(self)
+        checks.query_budget(self, int(self.measured.sum()))
         try:
             self.attack.check(self.images.pixels.shape[1:])
         except ConfigError as e:
@@ -162,20 +99,6 @@ class Experiment:
         if self.duplicates:
             done = "left out of the audit" if self.evaluation.drop_duplicates else "kept; evaluation.drop_duplicates=true leaves them out"
             log.warning("%d non-members are exact copies of members (%s)", self.duplicates, done)
-
-    def _check_shadows(self) -> None:
-        name, split, attack = self.config["attack"]["name"], self.config["split"], self.attack
-        needed = attack.min_shadows + (self.config["attack"]["select"] == "shadow")
-        if (there := self.split.n_models - 1) < needed:
-            why = "" if needed == attack.min_shadows else " with attack.select=shadow"
-            must = f"must be at least {needed + 1}: attack={name}{why} needs {needed} shadows beside the target; there are {there}"
-            raise ConfigError("split.n_models", split["n_models"], must)
-        if (public := int(self.split.public.sum())) < attack.min_public:
-            raise ConfigError("split.public", public, f"must be at least {attack.min_public}, the public images that attack={name} needs")
-        keep = self.split.keep[self.shadows][:, self.audited]
-        if attack.needs_inside and not (keep.any(0) & ~keep.all(0)).any():
-            must = f"leaves no audited image that some shadows are trained on and some are not; attack={name} needs them, so use same"
-            raise ConfigError("split.shadow_pool", split["shadow_pool"], must)
 
     @property
     def target_index(self) -> int:

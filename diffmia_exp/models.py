@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diffmia_exp import checks
 from diffmia_exp.config import checked
 from diffmia_exp.errors import UserError
-from diffmia_exp.experiment import Experiment, NotApplicable
+from diffmia_exp.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ def missing(cells: Sequence[Sequence[str]], compose: Callable[[list[str]], Mappi
             plain["trainer"] |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
             plain["evaluation"]["device"] = "auto"
             experiment = Experiment(plain)
-            experiment.check_access()
+            checks.access(experiment)
             if plain["model_index"] is not None:
                 wanted.append(list(overrides))
                 continue
             experiment.load()
-        except (UserError, NotApplicable):
+        except UserError:
             wanted.append(list(overrides))
             continue
         for index in experiment.models:

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from diffmia_exp import ranks, runs
+from diffmia_exp import checks, ranks, runs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
-from diffmia_exp.experiment import Experiment, NotApplicable
+from diffmia_exp.experiment import Experiment
 from diffmia_exp.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ def run(cfg: Mapping[str, Any], sweep: str | None = None) -> runs.Result:
     experiment = Experiment(config, sweep)
     with runs.logged() as text:
         try:
-            experiment.check_access()
-        except NotApplicable as e:
+            checks.access(experiment)
+        except checks.NotApplicable as e:
             if not skip:
                 raise
             return runs.not_applicable(experiment.output_dir, experiment.name, config, str(e), text)
