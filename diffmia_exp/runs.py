@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -61,11 +62,10 @@ def writable(key: str, path: Any) -> Path:
     if not isinstance(path, str) or not path:
         raise ConfigError(key, path, "must be a folder")
     folder = Path(path).expanduser()
-    probe = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # without a name: a process that is killed here leaves nothing
+            pass
     except OSError as e:
         raise ConfigError(key, path, f"cannot be written to ({e.strerror}); give another folder") from None
     return folder

@@ -24,7 +24,6 @@ from tests.composing import composed
 from tests.offline import Logged, wandb
 from tests.report import building
 
-pytestmark = pytest.mark.xdist_group("tracking")
 ROOT = Path(__file__).parents[1]
 
 

@@ -290,7 +290,6 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Diffusion]
     return models, keep, AtHome(lambda samples: trained(folder / "surrogate", samples, 9, 300))
 
 
-@pytest.mark.xdist_group("memorised")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_memorised_image_scores_higher(name: str, memorised: tuple[list[Diffusion], np.ndarray, AtHome]) -> None:
     models, keep, home = memorised

@@ -17,7 +17,6 @@ from tests import command
 from tests.report import building
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.xdist_group("browser")
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 EVIL = "<img src=x onerror=document.title='broken'>\"'</script><script>document.title='broken'</script>&amp;"
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}

@@ -17,7 +17,6 @@ from diffmia_exp.tracking import views
 from tests.offline import Logged
 from tests.report import building
 
-pytestmark = pytest.mark.xdist_group("logged")
 CELLS = [("pia", "gray_box"), ("loss", "gray_box"), ("gsa2", "white_box"), ("loss", "white_box")]
 
 
