@@ -20,6 +20,7 @@ GROUPS = (
     "model",
     "diffusion",
     "training",
+    "defense",
     "trainer",
     "threat_model",
     "attack",

@@ -16,11 +16,12 @@ from diffmia_exp import checks, runs, selection
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.config import Plain, build
 from diffmia_exp.data import Images, Source
+from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import PREDICTIONS, Diffusion
 from diffmia_exp.errors import ConfigError, choice, whole
 from diffmia_exp.evaluation import Evaluation
 from diffmia_exp.noise import derive, initialised
-from diffmia_exp.recipe import TrainerOptions
+from diffmia_exp.recipe import Recipe, TrainerOptions
 from diffmia_exp.split import MemberSplit
 from diffmia_exp.store import Store, digest, sha256
 from diffmia_exp.threat_models import ThreatModel
@@ -52,7 +53,8 @@ class Experiment:
         self.prediction = config["diffusion"].get("prediction", "epsilon")
         choice("diffusion.prediction", self.prediction, PREDICTIONS)
         self.alphas_cumprod = build("diffusion.schedule", config["diffusion"]["schedule"])
-        self.recipe = build("training", config["training"])
+        self.defense: Defense = build("defense", config["defense"], Defense)
+        self.recipe: Recipe = build("training", self.group("training"))
         self.shadow_recipe = self._shadow_recipe()
         trainer: TrainerOptions = build("trainer", config["trainer"])
         self.trainer = trainer.alone() if self.stage in ("attack", "report") else trainer  # which train no model of the split
@@ -67,7 +69,7 @@ class Experiment:
         """The attack, with the first of the settings that it may get."""
         return self.candidates[0].attack
 
-    def _shadow_recipe(self) -> Any:
+    def _shadow_recipe(self) -> Recipe:
         try:
             return build("training", self.group("training", shadow=True))
         except ConfigError as e:
@@ -157,22 +159,35 @@ class Experiment:
         return mask | self.split.public if self.attack.min_public else mask
 
     def group(self, name: str, shadow: bool = False) -> Plain:
-        """The config of `model` or `training`, for a shadow with what the adversary gets wrong about it."""
-        return _nameless(self.config[name]) | ((getattr(self.threat_model, f"shadow_{name}") or {}) if shadow else {})
+        """The config of `model` or `training` as the defence has it, for a shadow with what the adversary gets wrong about it."""
+        settings = _nameless(self.config[name]) | ((getattr(self.threat_model, f"shadow_{name}") or {}) if shadow else {})
+        changed: Plain = getattr(self.defended(shadow), name)(settings)
+        return changed
+
+    def defended(self, shadow: bool) -> Defense:
+        """The defence of the target, or of a shadow: the same, if the adversary adapts to it."""
+        return Defense() if shadow and not self.threat_model.shadow_defense else self.defense
 
     def model_spec(self, index: int) -> Plain:
         """Everything that the weights of model `index` depend on."""
-        members, settings = self.images.where(self.members(index)), self.training_spec(self.role(index) == "shadow")
-        return described(members) | settings | {"seed": self.seed, "model_index": self.draws(index)}
+        settings = self.training_spec(self.role(index) == "shadow")
+        return described(self.training_images(index)) | settings | {"seed": self.seed, "model_index": self.draws(index)}
+
+    def training_images(self, index: int) -> Images:
+        """The images that model `index` sees in training: its members, but for those that the defence leaves out."""
+        members = self.images.where(self.members(index))
+        return members.where(self.defended(self.role(index) == "shadow").kept(members))
 
     def training_spec(self, shadow: bool) -> Plain:
         """The part of a model's spec that is the same whatever it is trained on."""
-        return {
+        spec = {
             "model": self.group("model", shadow),
             "diffusion": _nameless(self.config["diffusion"]),
             "training": self.group("training", shadow),
             "precision": self.config["trainer"]["precision"],
         }
+        defense = self.defended(shadow)
+        return spec | ({"defense": _nameless(self.config["defense"])} if type(defense) is not Defense and defense.trains else {})
 
     def key(self, index: int) -> str:
         """The key of model `index` in the store, or the hash of the checkpoint that takes the target's place."""
@@ -243,7 +258,8 @@ class Experiment:
         """A freshly initialised network for model `index`."""
         config = self.group("model", self.role(index) == "shadow")
         name = self.config["model"].get("name", "?")
-        net = initialised(lambda: build("model", config), self.seed if seed is None else seed, self.draws(index))
+        defense = self.defended(self.role(index) == "shadow")
+        net = initialised(lambda: defense.network(lambda: build("model", config)), self.seed if seed is None else seed, self.draws(index))
         shape = self.images.pixels.shape[1:]
         try:
             with torch.inference_mode():

@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from torch.utils.data import DataLoader
 
 from diffmia_exp import ranks
 from diffmia_exp.claims import write_atomic
+from diffmia_exp.config import Plain
 from diffmia_exp.data import Pixels
+from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.interruption import Interruption
@@ -51,10 +54,14 @@ class LitDiffusion(pl.LightningModule):
         pixels: uint8 [n, C, H, W], the members.
         recipe: see `Recipe`.
         seed, model_index: what every draw is a function of.
+        defense: what augments the batches.
     """
 
-    def __init__(self, diffusion: Diffusion, pixels: Pixels, recipe: Recipe, seed: int, model_index: int) -> None:
+    def __init__(
+        self, diffusion: Diffusion, pixels: Pixels, recipe: Recipe, seed: int, model_index: int, defense: Defense | None = None
+    ) -> None:
         super().__init__()
+        self.defense = defense or Defense()
         self.diffusion = diffusion
         self.ema = copy.deepcopy(diffusion.net).requires_grad_(False)
         self.recipe, self.seed, self.model_index = recipe, seed, model_index
@@ -94,11 +101,21 @@ class LitDiffusion(pl.LightningModule):
         step, rank, world = self.global_step, self.global_rank, self.trainer.world_size
         torch.manual_seed(derive(self.seed, "step", self.model_index, step, rank, 1))  # for dropout
         mine = slice(rank * self.recipe.batch_size // world, (rank + 1) * self.recipe.batch_size // world)
-        index, t, noise, flips = (d[mine].to(self.device) for d in self.draws(step))
+        index, t, noise, flips = (d.to(self.device) for d in self.draws(step))
         x0 = self._pixels[index].float() / 127.5 - 1
         if self.recipe.flip:
             x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
-        return self.diffusion.loss(x0, t, noise).mean()
+        g = torch.Generator().manual_seed(derive(self.seed, "augment", self.model_index, step))
+        x0 = self.defense.augmented(x0, g)  # the whole batch on every rank, so that all see the same draws
+        return self.loss(x0[mine], t[mine], noise[mine], index[mine]).mean()
+
+    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """What is minimised, per image [B], at the images [B, C, H, W] of these indices among the members."""
+        return self.diffusion.loss(x0, t, noise)
+
+    def facts(self) -> Plain:
+        """What `training.json` is to say of the defence, once the training is over."""
+        return {}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.global_step + 1
@@ -234,6 +251,8 @@ def train(
     label: str = "training",
     logger: Logger | None = None,
     resume: bool | None = None,
+    made: Callable[..., LitDiffusion] = LitDiffusion,
+    defense: Defense | None = None,
 ) -> None:
     """Train into `folder`, from its `last.ckpt` if there is one.
 
@@ -248,6 +267,7 @@ def train(
         label: for the progress bar.
         logger: for the loss.
         resume: whether from a checkpoint; None to look. Ranks must agree.
+        made, defense: what makes the module, as `Defense.lit` has it, and the defence.
 
     Raises:
         ConfigError: if the devices are not there, or the batch does not divide over them.
@@ -294,12 +314,13 @@ def train(
         "%s: %d images a step (%d on each of %d devices), learning rate %g, never scaled: the same training on any number of devices",
         *(label, recipe.batch_size, recipe.batch_size // n, n, recipe.lr),
     )
+    module = made(diffusion, pixels, recipe, seed, model_index, defense)
     started = time.monotonic()
     others = multiprocessing.active_children()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-            trainer.fit(LitDiffusion(diffusion, pixels, recipe, seed, model_index), ckpt_path=keep.checkpoint if resume else None)
+            trainer.fit(module, ckpt_path=keep.checkpoint if resume else None)
     except BaseException:
         _end([child for child in multiprocessing.active_children() if child not in others])
         raise
@@ -314,6 +335,7 @@ def train(
         "parameters": sum(p.numel() for p in diffusion.net.parameters()),
         "recipe": asdict(recipe),
     }
+    facts |= {"defense": told} if (told := module.facts()) else {}
     write_atomic(folder / "training.json", json.dumps(facts, indent=1))
     keep.checkpoint.unlink(missing_ok=True)
     log.info("%s: %d steps, %.0f epochs of %d images, %.0f s", label, recipe.steps, facts["epochs"], len(pixels), facts["seconds"])

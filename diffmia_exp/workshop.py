@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from diffmia_exp import memorisation, runs, selection
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
+from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.evaluation import measure, parts
@@ -24,6 +26,9 @@ from diffmia_exp.recipe import Recipe
 from diffmia_exp.scores import ScoreTable
 from diffmia_exp.selection import Candidate
 from diffmia_exp.signals import Signals
+
+if TYPE_CHECKING:
+    from diffmia_exp.lit import LitDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +49,16 @@ class Workshop:
         spec, role = e.model_spec(index), e.role(index)
         if (found := e.stores["models"].get(spec)) is not None:
             return found
-        net, pixels, recipe, row, label = *self._training(index), f"training {role} model {index}{position}"
+        net, pixels, recipe, row = self._training(index)
+        label = f"training {role} model {index}{position}"
         name = f"m{row}" if row == index else f"m{row}-held-out"
-        return self._trained(spec, net, pixels, recipe, e.seed, row, name, label, index)
+        return self._trained(spec, net, pixels, recipe, e.seed, row, name, label, role == "shadow", index)
 
     def _training(self, index: int) -> tuple[torch.nn.Module, Pixels, Recipe, int]:
         """What the training of model `index` begins with: network, members, recipe, and the row whose draws it gets."""
         e = self.experiment
         recipe = e.shadow_recipe if e.role(index) == "shadow" else e.recipe
-        return e.net(index), e.images.pixels[e.members(index)], recipe, e.draws(index)
+        return e.net(index), e.training_images(index).pixels, recipe, e.draws(index)
 
     def _trained(
         self,
@@ -64,6 +70,7 @@ class Workshop:
         row: int,
         name: str,
         label: str,
+        shadow: bool,
         index: int | None = None,
     ) -> Path:
         """The store entry of a model; all ranks of the job train that of `index`, one device alone a model of the adversary's own."""
@@ -79,7 +86,8 @@ class Workshop:
             options = e.trainer if index is not None else e.trainer.alone()
             called = f"train-{e.config['dataset']['name']}-s{e.seed}-{name}"
             with e.tracking.training(e.output_dir, key, called, spec, folder) as logger:
-                lit.train(folder, e.diffusion(net), pixels, recipe, options, seed, row, label, logger, resume)
+                made, defense = self._defended(shadow)
+                lit.train(folder, e.diffusion(net), pixels, recipe, options, seed, row, label, logger, resume, made, defense)
 
         return e.stores["models"].get_or_make(spec, make)
 
@@ -91,7 +99,13 @@ class Workshop:
         for index, resume in self.ranks.orders():
             net, pixels, recipe, row = self._training(index)
             folder = e.stores["models"].root / f"{e.key(index)}.partial"
-            lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, e.seed, row, f"training model {index}", None, resume)
+            label, defended = f"training model {index}", self._defended(e.role(index) == "shadow")
+            lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, e.seed, row, label, None, resume, *defended)
+
+    def _defended(self, shadow: bool) -> tuple[Callable[..., LitDiffusion], Defense]:
+        e = self.experiment
+        defense = e.defended(shadow)
+        return defense.lit(e.images.where(e.split.public)), defense
 
     def train_all(self) -> None:
         """Target and shadows, or the one model that was asked for."""
@@ -319,7 +333,7 @@ class Home:
         spec = described(Images(pixels, np.arange(len(pixels)))) | e.training_spec(shadow=True) | {"seed": seed}
         net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
         label = f"training a surrogate of model {self._index}"
-        entry = self._workshop._trained(spec, net, pixels, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label)
+        entry = self._workshop._trained(spec, net, pixels, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label, shadow=True)
         return self._workshop._read(entry / f"{e.weights}.safetensors", net)
 
 

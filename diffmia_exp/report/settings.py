@@ -18,6 +18,7 @@ def comparable(run: Run) -> Plain:
         "model": run.group("model"),
         "diffusion": run.group("diffusion"),
         "training": {k: v for k, v in training.items() if k != "snapshots"},
+        "defense": {k: v for k, v in run.group("defense").items() if k != "_target_"} or {"name": "none"},
         "precision": run.group("trainer").get("precision"),
         "audit": {k: run.group("evaluation").get(k) for k in ("precision", "drop_duplicates")},
         "versions": run.metrics.get("versions") or {},
@@ -33,7 +34,7 @@ def identity(run: Run) -> Plain:
     attack = run.group("attack")
     chosen = attack.get("select") == "shadow"
     return {
-        "threat_model": run.group("threat_model"),
+        "threat_model": {"shadow_defense": True} | run.group("threat_model"),
         "attack": _seedless({k: v for k, v in attack.items() if k not in ("select", "rehearsals", "grid") or chosen}, run.seed),
         "shadow_trainings": run.metrics.get("shadow_trainings", 0),
         "weights": run.metrics.get("weights"),

@@ -1,0 +1,1 @@
+"""Defences: one file each, chosen by `defense=` (conf/defense)."""
