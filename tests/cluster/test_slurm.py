@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from diffmia_exp import claims, grid, status
 from tests.cluster import cluster
 
 QUICK = ["debug=quick", "evaluation=bare", "split.pool=32", "attack=pia"]
-LONG = ["stage=train", "training.steps=120", "trainer.checkpoint_every=10"]
+LONG = ["stage=train", "training.steps=200", "trainer.checkpoint_every=10"]
 
 
 started: list[subprocess.Popen[bytes]] = []
@@ -53,6 +55,13 @@ class Submitted:
     def training(self) -> bool:
         """A checkpoint has been written."""
         return bool(list(self.out.glob("models/*.partial/last.ckpt")))
+
+    def hold(self) -> None:
+        """Stop the training once a checkpoint has been written, so that it cannot end before it is interrupted."""
+        self.until(self.training)
+        (claim,) = self.out.glob("models/*.claim")
+        os.kill((claims.owner(claim) or {})["pid"], signal.SIGSTOP)
+        assert not list(self.out.glob("models/*/DONE"))
 
     def end(self, seconds: float = 300) -> int:
         """Wait for the exit status. Whatever SLURM puts back into the queue need not wait its two minutes."""
@@ -116,8 +125,8 @@ def test_a_grid_of_models_then_attacks(tmp_path: Path) -> None:
 
 def test_a_requeued_training_goes_on_and_ends_with_the_same_bits(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     submitted = Submitted(tmp_path / "out", *LONG)
-    submitted.until(submitted.training)
-    cluster.call("scontrol", "requeue", task())
+    submitted.hold()
+    cluster.call("scontrol", "requeue", task())  # which wakes what it ends
     assert submitted.end() == 0
     assert resumed(submitted.out)
     assert weights(submitted.out) == undisturbed
@@ -139,7 +148,7 @@ def test_a_training_that_runs_out_of_time_saves_and_is_requeued(tmp_path: Path) 
 
 def test_a_node_that_dies_loses_nothing(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     submitted = Submitted(tmp_path / "out", *LONG)
-    submitted.until(submitted.training)
+    submitted.hold()
     node = cluster.call("squeue", "-h", "-o", "%N").strip()
     cluster.fail(node)
     try:
