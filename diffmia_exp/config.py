@@ -50,6 +50,9 @@ def _when_training(stage: str, wanted: Any) -> int:
     return whole("trainer.devices", wanted, least=1)
 
 
+OmegaConf.register_new_resolver("share", lambda part, of: round(part * of), replace=True)
+"""In configs: `${share:0.2,1000}` is 200."""
+
 OmegaConf.register_new_resolver("when_training", _when_training, replace=True)
 OmegaConf.register_new_resolver("gpus_a_node", lambda accelerator, devices: None if accelerator == "cpu" else devices, replace=True)
 

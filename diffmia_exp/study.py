@@ -1,0 +1,257 @@
+"""python -m diffmia_exp.study [OUTPUTS] [--out FOLDER]: what each factor does to what a model leaks, from the grids that sweep one.
+
+A grid `experiment=study_<factor>` sweeps one key, with everything else fixed, over targets and attacks. For each there is a figure of
+the AUC along that key, and the difference that the key makes, with intervals over targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from diffmia_exp import grid
+from diffmia_exp.config import Plain
+from diffmia_exp.errors import UserError
+from diffmia_exp.report.drawing import DASHES, MUTED, SERIES, Figure, interval, sheet, three
+from diffmia_exp.report.groups import Estimate, estimate
+from diffmia_exp.report.reading import NotDone, Run, read
+
+PREFIX = "study_"
+REPEATED = ("attack", "attack/plugin", "threat_model", "split.target_index", "seed", "experiment")
+"""What a grid may sweep beside its factor."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a factor, as it was typed, with the runs of one attack at it."""
+
+    value: str
+    runs: tuple[Run, ...]
+
+    @property
+    def number(self) -> float | None:
+        """Where it lies on an axis of numbers; None for a name. A snapshot lies at its epochs."""
+        if self.value.startswith("snapshot="):
+            return float(np.mean([run.metrics["epochs"] for run in self.runs]))
+        try:
+            return float(self.value.split("=", 1)[1])
+        except ValueError:
+            return None
+
+    @property
+    def text(self) -> str:
+        """The value for people."""
+        return f"{self.number:.4g}" if self.number is not None else self.value.split("=", 1)[1]
+
+    @property
+    def aucs(self) -> list[float]:
+        """AUC of each run."""
+        return [float(run.metrics["auc"]) for run in self.runs]
+
+    @property
+    def auc(self) -> Estimate:
+        """Mean AUC over targets with its 95% interval (Student's t), that of the one run where there is one only."""
+        return estimate(self.aucs, self.runs[0].metrics["auc_ci"])
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A key that was swept: for every attack the levels, in the order of the key's values."""
+
+    name: str
+    key: str
+    attacks: dict[str, tuple[Level, ...]]
+
+    @property
+    def numeric(self) -> bool:
+        """Whether all values are numbers."""
+        return all(level.number is not None for levels in self.attacks.values() for level in levels)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a factor does to an attack's AUC between two values: the difference with its 95% interval, over so many targets."""
+
+    attack: str
+    before: Level
+    after: Level
+    difference: Estimate | None
+    paired: bool
+
+
+def factors(outputs: Path) -> list[Factor]:
+    """The factors that grids under `outputs` have swept, by name; several grids of one experiment count as one.
+
+    Raises:
+        UserError: if there is none, or a grid sweeps more than one key.
+    """
+    sweeps: dict[str, list[Path]] = {}
+    for file in sorted(outputs.glob(f"sweeps/{PREFIX}*/cells.json")):
+        sweeps.setdefault(file.parent.name.rsplit("-", 6)[0], []).append(file.parent)
+    found = [factor for name, folders in sweeps.items() if (factor := _factor(name, folders, outputs)) is not None]
+    if not found:
+        raise UserError(f"{outputs}: holds no finished grid of a factor; python run.py experiment={PREFIX}members makes one")
+    return found
+
+
+def _factor(name: str, folders: Sequence[Path], outputs: Path) -> Factor | None:
+    runs: dict[str, tuple[list[str], Run]] = {}
+    for cell in (cell for folder in folders for cell in grid.cells(folder)):
+        if cell.state in ("done", "cached"):
+            try:
+                runs[cell.facts["run"]] = cell.overrides, read(outputs / "runs" / cell.facts["run"], None)
+            except NotDone as e:
+                raise UserError(f"{outputs / 'runs' / cell.facts['run']}: {e}; run experiment={name} again") from None
+    values: dict[str, dict[str, None]] = {}
+    for overrides, _ in runs.values():
+        for key, value in (o.split("=", 1) for o in overrides):
+            values.setdefault(key, {})[value] = None
+    swept = [key for key, seen in values.items() if len(seen) > 1 and key not in REPEATED]
+    if not swept:
+        return None
+    if len(swept) > 1:
+        raise UserError(f"{name}: sweeps {', '.join(swept)}; a factor is one key, so sweep them in experiments of their own")
+    key = swept[0]
+    attacks: dict[str, dict[str, list[Run]]] = {}
+    for overrides, run in runs.values():
+        value = next(o for o in overrides if o.startswith(f"{key}="))
+        attacks.setdefault(f"{run.label}, {run.metrics['threat_model']}", {}).setdefault(value, []).append(run)
+    order = [f"{key}={value}" for value in values[key]]
+    return Factor(name.removeprefix(PREFIX), key, {attack: _levels(at, order) for attack, at in attacks.items()})
+
+
+def _levels(runs: dict[str, list[Run]], order: Sequence[str]) -> tuple[Level, ...]:
+    levels = [Level(value, tuple(sorted(runs[value], key=lambda run: (run.seed, run.target_index)))) for value in order if value in runs]
+    return tuple(sorted(levels, key=lambda level: level.number if level.number is not None else 0))
+
+
+def effects(factor: Factor) -> list[Effect]:
+    """What the factor does: from the smallest to the largest number, or from the first name to each other one."""
+    made = []
+    for attack, levels in factor.attacks.items():
+        for after in levels[-1:] if factor.numeric else levels[1:]:
+            if after is not levels[0]:
+                made.append(Effect(attack, levels[0], after, *difference(levels[0], after)))
+    return made
+
+
+def difference(before: Level, after: Level) -> tuple[Estimate | None, bool]:
+    """Mean difference of AUC with its 95% interval, None for fewer than two targets a level; and whether targets were paired.
+
+    Targets are paired where both levels have the same ones, with the same images and members; else Welch's interval is taken.
+    """
+    a, b = before.aucs, after.aucs
+    if min(len(a), len(b)) < 2:
+        return None, False
+    same = [run.images for run in before.runs] == [run.images for run in after.runs]
+    test = stats.ttest_rel(b, a) if same else stats.ttest_ind(b, a, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return (float(np.mean(b) - np.mean(a)), float(low), float(high)), same
+
+
+def figure(factor: Factor) -> Figure:
+    """AUC of every attack along the factor, with intervals over targets."""
+    values = [
+        {"s": attack, "x": level.number if factor.numeric else level.text, "auc": level.auc[0], "low": level.auc[1], "high": level.auc[2]}
+        | {"tip": f"{attack}, {factor.key} {level.text}: AUC {interval(level.auc)}, {len(level.runs)} targets"}
+        for attack, levels in factor.attacks.items()
+        for level in levels
+    ]
+    x: Plain = {"field": "x", "title": factor.key}
+    if factor.numeric:
+        at = [level.number or 0.0 for levels in factor.attacks.values() for level in levels]
+        wide = min(at) > 0 and max(at) >= 8 * min(at)
+        x |= {"type": "quantitative", "scale": {"type": "log" if wide else "linear", "nice": False, "zero": False, "padding": 10}}
+        x |= {"axis": {"grid": False, "values": sorted(set(at)), "format": ".6~g", "labelOverlap": True}}
+    else:
+        x |= {"type": "nominal", "sort": None, "axis": {"labelAngle": -30}}
+    y = {"field": "auc", "type": "quantitative", "title": "AUC", "scale": {"zero": False, "nice": True}}
+    names = list(factor.attacks)
+    kind, legend = {"field": "s", "type": "nominal"}, {"symbolType": "stroke", "symbolSize": 500}
+    colour = kind | {"scale": {"domain": names, "range": list(SERIES)}, "legend": legend}
+    dash = kind | {"scale": {"domain": names, "range": list(DASHES)}, "legend": legend}
+    offset = {} if factor.numeric else {"xOffset": kind}
+    layers: list[Plain] = [
+        {"mark": {"type": "rule", "color": MUTED, "strokeDash": [3, 3]}, "encoding": {"y": {"datum": 0.5, "type": "quantitative"}}},
+        {"mark": {"type": "rule", "strokeWidth": 2}}
+        | {"encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour, **offset}},
+        {"mark": {"type": "point", "filled": True, "size": 55, "opacity": 1}}
+        | {"encoding": {"x": x, "y": y, "color": colour, "description": {"field": "tip"}, **offset}},
+    ]
+    if factor.numeric:
+        layers.insert(2, {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash}})
+    alt = f"AUC along {factor.key}; " + "; ".join(
+        f"{attack} from {levels[0].auc[0]:.3f} at {levels[0].text} to {levels[-1].auc[0]:.3f} at {levels[-1].text}"
+        for attack, levels in factor.attacks.items()
+    )
+    rows = [[a, level.text, len(level.runs), *map(three, level.auc)] for a, levels in factor.attacks.items() for level in levels]
+    caption = "Mean AUC over targets with 95% intervals; the dashed line is chance."
+    columns = ("attack", factor.key, "targets", "AUC", "low", "high")
+    return Figure(factor.name, f"AUC along {factor.key}", caption, alt + ".", sheet(values, 260, layers, {}), columns, rows)
+
+
+def to_markdown(found: Sequence[Factor]) -> str:
+    """Per factor the AUC at every value, and the differences."""
+    parts = []
+    for factor in found:
+        drawn = figure(factor)
+        parts.append(f"## {factor.name} (`{factor.key}`)\n\n![{drawn.alt}](figures/{factor.name}.png)\n")
+        values = list(dict.fromkeys(level.text for levels in factor.attacks.values() for level in levels))
+        parts.append(f"| attack | {' | '.join(values)} |\n|{'---|' * (len(values) + 1)}")
+        for attack, levels in factor.attacks.items():
+            at = {level.text: interval(level.auc) for level in levels}
+            parts.append(f"| {attack} | {' | '.join(at.get(value, '') for value in values)} |")
+        parts.append("")
+        for e in effects(factor):
+            how = "the same targets" if e.paired else "Welch"
+            said = f"{e.difference[0]:+.3f} [{e.difference[1]:+.3f}, {e.difference[2]:+.3f}], {how}" if e.difference else "one target only"
+            parts.append(f"- {e.attack}, {e.before.text} → {e.after.text}: {said}")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def to_csv(found: Sequence[Factor]) -> str:
+    """A line for each factor, attack and value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("factor", "key", "attack", "value", "targets", "auc", "auc_low", "auc_high"))
+    for factor in found:
+        for attack, levels in factor.attacks.items():
+            for level in levels:
+                writer.writerow((factor.name, factor.key, attack, level.text, len(level.runs), *(f"{v:.4f}" for v in level.auc)))
+    return out.getvalue()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m diffmia_exp.study", description=(__doc__ or "").split(": ", 1)[1])
+    parser.add_argument("outputs", nargs="?", type=Path, default=Path("outputs"), help="the grids' output_dir")
+    parser.add_argument("--out", type=Path, help="folder of study.md, study.csv and figures; study below the first if not given")
+    given = parser.parse_args(arguments)
+    out = given.out or given.outputs / "study"
+    try:
+        found = factors(given.outputs)
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        for factor in found:
+            (out / "figures" / f"{factor.name}.png").write_bytes(figure(factor).png())
+        (out / "study.md").write_text(to_markdown(found))
+        (out / "study.csv").write_text(to_csv(found))
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except ModuleNotFoundError as e:
+        sys.exit(f"error: {e.name} is missing; the figures need pip install -e '.[report]'")
+    except OSError as e:
+        sys.exit(f"error: {e.filename}: cannot be written to ({e.strerror}); give another place with --out")
+    print(f"{out}: {len(found)} factors, {sum(len(level.runs) for f in found for ls in f.attacks.values() for level in ls)} runs")
+
+
+if __name__ == "__main__":
+    main()
