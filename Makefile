@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-browser test-cluster cluster-up cluster-down lint
-.PHONY: bench bench-statistics bench-cluster grid report dashboard sync clean
+.PHONY: bench bench-statistics bench-cluster grid study report dashboard sync clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,12 @@ GRID = $(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid) cluster
 grid: $(READY) ## Train, attack, report: make grid EXPERIMENT=headline CLUSTER=slurm SET="training.steps=100"
 	failed=0; $(GRID) stage=train || failed=1; $(GRID) stage=attack || failed=1; \
 	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs) || failed=1; exit $$failed
+
+# Each part takes less than an hour on two cores and can be run alone; what is in the store is not made again.
+study: $(READY) ## Run the study part by part and draw it, in hours: make study [PART=study_members] [CLUSTER=local_parallel] [SET=..]
+	failed=0; for part in $(or $(PART),study $(basename $(notdir $(wildcard conf/experiment/study_*.yaml)))); do \
+	$(BIN)/python run.py experiment=$$part cluster=$(or $(CLUSTER),local) $(SET) || failed=1; done; \
+	$(BIN)/python -m diffmia_exp.study $(or $(OUTPUT_DIR),outputs) || failed=1; exit $$failed
 
 report: $(READY) ## Write an HTML report: make report RUNS=outputs/runs [WANDB=1 to log it to W&B too]
 	$(BIN)/python -m diffmia_exp.report $(or $(RUNS),outputs) $(if $(WANDB),--wandb)

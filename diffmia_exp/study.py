@@ -114,7 +114,8 @@ def _factor(name: str, folders: Sequence[Path], outputs: Path) -> Factor | None:
     for overrides, _ in runs.values():
         for key, value in (o.split("=", 1) for o in overrides):
             values.setdefault(key, {})[value] = None
-    swept = [key for key, seen in values.items() if len(seen) > 1 and key not in REPEATED]
+    several = [key for key, seen in values.items() if len(seen) > 1]
+    swept = [key for key in several if key not in REPEATED] or [key for key in several if key == "threat_model"]
     if not swept:
         return None
     if len(swept) > 1:
@@ -123,7 +124,8 @@ def _factor(name: str, folders: Sequence[Path], outputs: Path) -> Factor | None:
     attacks: dict[str, dict[str, list[Run]]] = {}
     for overrides, run in runs.values():
         value = next(o for o in overrides if o.startswith(f"{key}="))
-        attacks.setdefault(f"{run.label}, {run.metrics['threat_model']}", {}).setdefault(value, []).append(run)
+        attack = run.label if key == "threat_model" else f"{run.label}, {run.metrics['threat_model']}"
+        attacks.setdefault(attack, {}).setdefault(value, []).append(run)
     order = [f"{key}={value}" for value in values[key]]
     return Factor(name.removeprefix(PREFIX), key, {attack: _levels(at, order) for attack, at in attacks.items()})
 

@@ -1,0 +1,122 @@
+"""The study's figures and differences, on grids of made-up scores; and that every shipped part composes and is granted."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from scipy import stats
+
+from diffmia_exp import grid, study
+from diffmia_exp.config import checked
+from diffmia_exp.errors import UserError
+from diffmia_exp.experiment import Experiment
+from tests.composing import CONF, composed, names
+from tests.report import building
+
+PARTS = [name for name in names("experiment") if name.startswith("study")]
+
+
+def swept(name: str) -> dict[str, list[str]]:
+    """What an experiment sweeps: the overrides of each key."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        params = compose("config", [f"experiment={name}"], return_hydra_config=True).hydra.sweeper.params
+    parser = OverridesParser.create()
+    parsed = {key: parser.parse_override(f"{key}={value}") for key, value in params.items()}
+    return {
+        k: [f"{k}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [f"{k}={params[k]}"] for k, o in parsed.items()
+    }
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_sweeps_one_key_and_its_attacks_are_granted_and_fed_at_both_ends(name: str, tmp_path: Path) -> None:
+    axes = swept(name)
+    keys = [key for key, values in axes.items() if len(values) > 1 and key not in study.REPEATED]
+    assert len(keys) == (name not in ("study", "study_threat_model"))
+    for attack in axes["attack"]:
+        others = [values for key, values in axes.items() if key != "attack"]
+        for end in ([v[0] for v in others], [v[-1] for v in others]):
+            cell = Experiment(checked(composed(f"experiment={name}", attack, *end, f"output_dir={tmp_path}")))
+            if name != "study_threat_model" or cell.threat_model.grants(cell.attack.access):
+                cell.load()
+
+
+def swept_grid(outputs: Path, name: str, key: str, values: dict[str, float], targets: int = 3, **more: Any) -> None:
+    """A finished grid of `pia` over a key, with an effect for each value."""
+    folder, cells = outputs / "sweeps" / f"{name}-2026-01-02_03-04-05-678901", []
+    for value, effect in values.items():
+        for target in range(targets):
+            cell = building.config("pia", target_index=target, **{"__".join(key.split(".")): value} if "." in key else {})
+            where = building.write(outputs / "runs", cell, effect, files=False, **more)
+            cells.append([f"{key}={value}", "attack=pia", "threat_model=gray_box", f"split.target_index={target}"])
+            grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
+    grid.plan(folder, cells, [], [])
+
+
+def test_levels_are_in_the_order_of_their_numbers_with_students_interval(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_members", "split.pool", {"512": 0.2, "64": 2.0, "256": 1.0})
+    (factor,) = study.factors(tmp_path)
+    (levels,) = factor.attacks.values()
+    assert (factor.name, factor.key, factor.numeric) == ("members", "split.pool", True)
+    assert [level.number for level in levels] == [64, 256, 512]
+    assert [len(level.runs) for level in levels] == [3, 3, 3]
+    aucs = levels[0].aucs
+    expected = stats.t.interval(0.95, 2, np.mean(aucs), stats.sem(aucs))
+    assert levels[0].auc == pytest.approx((np.mean(aucs), *np.clip(expected, 0, 1)))
+
+
+def test_a_difference_is_paired_where_targets_are_the_same_and_welchs_elsewhere(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
+    (factor,) = study.factors(tmp_path)
+    (effect,) = study.effects(factor)
+    a, b = np.array(effect.before.aucs), np.array(effect.after.aucs)
+    assert effect.paired
+    assert effect.difference == pytest.approx((np.mean(b - a), *stats.t.interval(0.95, 2, np.mean(b - a), stats.sem(b - a))))
+    fewer = study.Level("weights=raw", effect.after.runs[:2])
+    (mean, low, high), paired = study.difference(effect.before, fewer)
+    va, vb = a.var(ddof=1) / 3, b[:2].var(ddof=1) / 2
+    df = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 1)
+    assert not paired
+    assert (mean, low, high) == pytest.approx(
+        (b[:2].mean() - a.mean(), *stats.t.interval(0.95, df, b[:2].mean() - a.mean(), np.sqrt(va + vb)))
+    )
+    assert study.difference(effect.before, study.Level("weights=raw", effect.after.runs[:1])) == (None, False)
+
+
+def test_it_writes_a_figure_a_table_and_a_line_for_every_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swept_grid(tmp_path, "study_members", "split.pool", {"64": 2.0, "512": 0.2})
+    swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
+    study.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "2 factors, 12 runs" in capsys.readouterr().out
+    with (tmp_path / "out" / "study.csv").open() as f:
+        lines = list(csv.DictReader(f))
+    assert [(line["factor"], line["value"], line["targets"]) for line in lines] == [
+        ("members", "64", "3"),
+        ("members", "512", "3"),
+        ("weights", "ema", "3"),
+        ("weights", "raw", "3"),
+    ]
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "- pia, gray_box, 64 → 512: -0." in text
+    for factor in study.factors(tmp_path):
+        drawn = study.figure(factor)
+        assert drawn.svg().count("<path") >= len(drawn.rows), "a point for every row"
+        assert (tmp_path / "out" / "figures" / f"{factor.name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no finished grid"):
+        study.factors(tmp_path)
+    swept_grid(tmp_path, "study_both", "split.pool", {"64": 2.0, "512": 0.2})
+    cells = tmp_path / "sweeps" / "study_both-2026-01-02_03-04-05-678901"
+    planned = grid.planned(cells)["cells"]
+    grid.plan(cells, [[*cell, f"training.lr={n}"] for n, cell in enumerate(planned)], [], [])
+    with pytest.raises(UserError, match=r"study_both: sweeps split\.pool, training\.lr; a factor is one key"):
+        study.factors(tmp_path)
+    with pytest.raises(SystemExit, match="error: study_both"):
+        study.main([str(tmp_path)])
