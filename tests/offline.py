@@ -17,10 +17,10 @@ def wandb(*arguments: str) -> str:
 
 
 class Logged:
-    """An offline run below an output folder: the only one whose id begins so."""
+    """An offline run below an output folder: the only one whose id begins so, or the one in a folder."""
 
-    def __init__(self, output_dir: Path, run_id: str = "") -> None:
-        (self.folder,) = (output_dir / "wandb").glob(f"offline-run-*-{run_id}*")
+    def __init__(self, output_dir: Path, run_id: str = "", folder: Path | None = None) -> None:
+        (self.folder,) = [folder] if folder else (output_dir / "wandb").glob(f"offline-run-*-{run_id}*")
         (self.file,) = self.folder.glob("*.wandb")
         self.records: dict[str, list[dict[str, Any]]] = {}
         for line in wandb("leet", "inspect", "--json", str(self.file)).splitlines():

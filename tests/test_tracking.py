@@ -20,6 +20,7 @@ from diffmia_exp.scores import ScoreTable
 from diffmia_exp.tracking import Wandb, tables, views
 from diffmia_exp.tracking.runs import FINISHED
 from diffmia_exp.tracking.tables import ROC_ROWS, roc_line, roc_rows
+from tests import command
 from tests.composing import composed
 from tests.offline import Logged, wandb
 from tests.report import building
@@ -118,6 +119,35 @@ def test_the_report_stands_where_its_runs_do(tracked: tuple[Path, Any], reported
     assert (record["job_type"], record["run_group"], record["tags"], record["project"]) == ("report", "my-sweep", ["t1"], "mine")
     assert record["config"]["update"]["scores"] == [f"scores-{tracked[1]['run_key']}"]
     assert reported.table("report/leaderboard")[1][0][3] == "pia"
+
+
+def test_a_training_that_is_cut_off_goes_on_in_its_run_and_its_first_part_is_marked_failed(tmp_path: Path) -> None:
+    slow = ["debug=quick", "split.pool=32", "stage=train", "training.steps=150", "trainer.checkpoint_every=5", "trainer.log_every=1"]
+    slow += ["tracking=wandb", "tracking.mode=offline", f"output_dir={tmp_path}"]
+    first = command.start(*slow)
+    while not list(tmp_path.glob("models/*.partial/last.ckpt")):
+        assert first.is_alive()
+        time.sleep(0.02)
+    first.terminate()  # as a time-out or a preemption does
+    first.join(60)
+    assert first.exitcode == 143
+    assert command.run(*slow).returncode == 0
+    before, after = (Logged(tmp_path, folder=folder) for folder in sorted((tmp_path / "wandb").glob("offline-run-*")))
+    assert before.run["run_id"] == after.run["run_id"] == next((tmp_path / "models").glob("*/DONE")).parent.name
+    assert [part.records["exit"][0].get("exit_code", 0) for part in (before, after)] == [1, 0]
+    at = [[int(step["trainer/global_step"]) for step in part.steps if "train/loss" in step] for part in (before, after)]
+    assert at[0] == list(range(1, at[0][-1] + 1))
+    assert at[1] == list(range(at[1][0], 151))
+    assert 1 < at[1][0] <= at[0][-1] + 1, "no step is missing between them"
+
+
+def test_of_processes_that_train_together_one_logs(tmp_path: Path) -> None:
+    two = ["trainer.devices=2", "trainer.accelerator=cpu", "training.batch_size=16"]
+    done = command.run(
+        "debug=quick", "split.pool=32", "stage=train", "tracking=wandb", "tracking.mode=offline", *two, f"output_dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert Logged(tmp_path).run["job_type"] == "train"
 
 
 def test_nothing_is_logged_twice_and_a_later_wish_is_honoured(tmp_path: Path) -> None:
