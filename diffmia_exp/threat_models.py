@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmia_exp.diffusion import Diffusion, Schedule, Timestep
-from diffmia_exp.errors import ConfigError, UserError, choice, number, whole
+from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
 from diffmia_exp.noise import derive, gaussian
 
 BLOCK = 64
@@ -153,12 +153,15 @@ class ThreatModel:
         query_budget: model evaluations per measured image; None for no limit.
         shadow_model: settings of `model` that the adversary gets wrong: its shadows and surrogates are built with these instead.
         shadow_training: the same for `training`.
+        knows_label: whether the adversary knows the class of the images it asks about, where the model is conditional; otherwise it
+            asks under the null label.
     """
 
     access: str
     query_budget: int | None = None
     shadow_model: dict[str, Any] | None = None
     shadow_training: dict[str, Any] | None = None
+    knows_label: bool = True
 
     def __post_init__(self) -> None:
         choice("access", self.access, LEVELS)
@@ -167,6 +170,7 @@ class ThreatModel:
         for key in ("shadow_model", "shadow_training"):
             if not isinstance(getattr(self, key), dict | None):
                 raise ConfigError(key, getattr(self, key), "must be settings, as {steps: 300}, or null")
+        flag("knows_label", self.knows_label)
 
     def grants(self, needed: type[SamplesOnly]) -> bool:
         """Whether an attack that needs this access may run."""

@@ -44,21 +44,21 @@ class Workshop:
         spec, role = e.model_spec(index), e.role(index)
         if (found := e.stores["models"].get(spec)) is not None:
             return found
-        net, pixels, recipe, row, label = *self._training(index), f"training {role} model {index}{position}"
+        net, members, recipe, row, label = *self._training(index), f"training {role} model {index}{position}"
         name = f"m{row}" if row == index else f"m{row}-held-out"
-        return self._trained(spec, net, pixels, recipe, e.seed, row, name, label, index)
+        return self._trained(spec, net, members, recipe, e.seed, row, name, label, index)
 
-    def _training(self, index: int) -> tuple[torch.nn.Module, Pixels, Recipe, int]:
+    def _training(self, index: int) -> tuple[torch.nn.Module, Images, Recipe, int]:
         """What the training of model `index` begins with: network, members, recipe, and the row whose draws it gets."""
         e = self.experiment
         recipe = e.shadow_recipe if e.role(index) == "shadow" else e.recipe
-        return e.net(index), e.images.pixels[e.members(index)], recipe, e.draws(index)
+        return e.net(index), e.images.where(e.members(index)), recipe, e.draws(index)
 
     def _trained(
         self,
         spec: Plain,
         net: torch.nn.Module,
-        pixels: Pixels,
+        members: Images,
         recipe: Recipe,
         seed: int,
         row: int,
@@ -79,7 +79,7 @@ class Workshop:
             options = e.trainer if index is not None else e.trainer.alone()
             called = f"train-{e.config['dataset']['name']}-s{e.seed}-{name}"
             with e.tracking.training(e.output_dir, key, called, spec, folder) as logger:
-                lit.train(folder, e.diffusion(net), pixels, recipe, options, seed, row, label, logger, resume)
+                lit.train(folder, e.diffusion(net), members.pixels, recipe, options, seed, row, label, logger, resume, members.labels)
 
         return e.stores["models"].get_or_make(spec, make)
 
@@ -89,9 +89,9 @@ class Workshop:
 
         e = self.experiment
         for index, resume in self.ranks.orders():
-            net, pixels, recipe, row = self._training(index)
-            folder = e.stores["models"].root / f"{e.key(index)}.partial"
-            lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, e.seed, row, f"training model {index}", None, resume)
+            net, members, recipe, row = self._training(index)
+            folder, label = e.stores["models"].root / f"{e.key(index)}.partial", f"training model {index}"
+            lit.train(folder, e.diffusion(net), members.pixels, recipe, e.trainer, e.seed, row, label, None, resume, members.labels)
 
     def train_all(self) -> None:
         """Target and shadows, or the one model that was asked for."""
@@ -173,7 +173,7 @@ class Workshop:
         def make(folder: Path) -> None:
             diffusion = self.model(index)[0]
             everything = e.images.where(e.measured)
-            shown = everything if images is None else images
+            shown = e.shown(everything if images is None else images)
             access = e.threat_model.grant(diffusion, candidate.attack.access, max(len(everything), len(shown)), self._sampler(index))
             label = f"measuring {e.config['attack']['name']}{position}"
             out, cost = measure(candidate.attack, access, Home(self, index), shown, e.evaluation, diffusion.device, label, folder)
@@ -187,7 +187,7 @@ class Workshop:
         e = self.experiment
         everything = e.images.where(e.measured)
         slices = [at for at in parts(len(everything), e.evaluation.batch_size, of) if at.stop > at.start]
-        shown = [Images(everything.pixels[at], everything.sample_id[at]) for at in slices]
+        shown = [everything.where(at) for at in slices]
         rows = [e.target_index, *e.shadows]
         for n, index in enumerate(rows):
             for candidate in e.candidates:
@@ -232,7 +232,8 @@ class Workshop:
         Their ids are below all others, so that no image shares their noise.
         """
         e, pixels, real = self.experiment, self.preview(), self.signals(candidate)
-        generated = Images(pixels, min(int(e.images.sample_id.min()), 0) - 1 - np.arange(len(pixels)))
+        ids = min(int(e.images.sample_id.min()), 0) - 1 - np.arange(len(pixels))
+        generated = Images(pixels, ids, e.generated_labels(len(pixels)))
         compared = e.shadows if candidate.attack.compares and candidate.attack.min_shadows else []
         rows = [e.target_index, *compared]
         entries = [self.measured(row, candidate, f" on generated images{_of(n, rows)}", generated) for n, row in enumerate(rows)]
@@ -316,10 +317,11 @@ class Home:
         """A model of the adversary's own, trained by the recipe it believes in."""
         e = self._workshop.experiment
         seed = e.surrogate_seed(self._index)
-        spec = described(Images(pixels, np.arange(len(pixels)))) | e.training_spec(shadow=True) | {"seed": seed}
+        images = Images(pixels, np.arange(len(pixels)), e.generated_labels(len(pixels)))
+        spec = described(images) | e.training_spec(shadow=True) | {"seed": seed}
         net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
         label = f"training a surrogate of model {self._index}"
-        entry = self._workshop._trained(spec, net, pixels, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label)
+        entry = self._workshop._trained(spec, net, images, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label)
         return self._workshop._read(entry / f"{e.weights}.safetensors", net)
 
 
