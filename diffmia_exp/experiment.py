@@ -162,9 +162,15 @@ class Experiment:
         return mask | self.split.public if self.attack.min_public else mask
 
     def group(self, name: str, shadow: bool = False) -> Plain:
-        """The config of `model` or `training`, for a shadow with what the adversary gets wrong about it."""
-        classes = {"num_class_embeds": self.n_classes + 1} if name == "model" and self.n_classes is not None else {}
-        return classes | _nameless(self.config[name]) | ((getattr(self.threat_model, f"shadow_{name}") or {}) if shadow else {})
+        """The config of `model`, `diffusion` or `training`; of the first and last, a shadow has what the adversary gets wrong about them.
+
+        A conditional model knows how many classes there are.
+        """
+        classes: dict[str, Plain] = {}
+        if self.n_classes is not None:
+            classes = {"model": {"num_class_embeds": self.n_classes + 1}, "diffusion": {"n_classes": self.n_classes}}
+        wrong = (getattr(self.threat_model, f"shadow_{name}") or {}) if shadow else {}
+        return classes.get(name, {}) | _nameless(self.config[name]) | wrong
 
     def model_spec(self, index: int) -> Plain:
         """Everything that the weights of model `index` depend on."""
@@ -175,7 +181,7 @@ class Experiment:
         """The part of a model's spec that is the same whatever it is trained on."""
         return {
             "model": self.group("model", shadow),
-            "diffusion": _nameless(self.config["diffusion"]),
+            "diffusion": self.group("diffusion"),
             "training": self.group("training", shadow),
             "precision": self.config["trainer"]["precision"],
         }
@@ -195,7 +201,7 @@ class Experiment:
         if index == self.untrained:
             described |= {"weights": None, "snapshot": None}
         if self.config["checkpoint"] is not None:  # a file says nothing about its schedule and architecture
-            described |= {"architecture": self.group("model"), "diffusion": _nameless(self.config["diffusion"])}
+            described |= {"architecture": self.group("model"), "diffusion": self.group("diffusion")}
         return described
 
     def shown(self, images: Images) -> Images:
