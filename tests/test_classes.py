@@ -90,7 +90,7 @@ def test_an_unconditional_model_does_not_heed_labels() -> None:
 
 
 def test_samples_are_drawn_under_each_class_in_turn() -> None:
-    diffusion = model(torch.float32)
+    diffusion = model()
     drawn = diffusion.sample(7, 3, seed=5)
     assert torch.equal(diffusion.sample(7, 3, seed=5, labels=torch.arange(7) % C), drawn)
     torch.testing.assert_close(diffusion.sample(5, 3, seed=5, batch_size=2), drawn[:5], rtol=0, atol=1e-5)
@@ -353,8 +353,11 @@ def test_parts_put_together_are_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_attacked_as_the_model_that_it_came_from(tmp_path: Path) -> None:
-    trained = conditional(tmp_path / "a", *QUICK)
-    weights = tmp_path / "a" / "models" / trained["train_key"] / "ema.safetensors"
+    trained = conditional(tmp_path / "a", *QUICK, "training.label_dropout=0.25")
+    entry = tmp_path / "a" / "models" / trained["train_key"]
+    weights = entry / "ema.safetensors"
+    assert load_file(weights)["class_embedding.weight"].shape == (11, 32)
+    assert json.loads((entry / "training.json").read_text())["recipe"]["label_dropout"] == 0.25
     audited = conditional(tmp_path / "b", *QUICK, f"checkpoint={weights}")
     assert not (tmp_path / "b" / "models").exists()
     assert audited["scores_sha256"] == trained["scores_sha256"]
@@ -382,13 +385,6 @@ def test_every_kind_of_attack_goes_the_whole_way(name: str, tmp_path: Path) -> N
         assert len(specs) == 2
     if name == "controls":
         assert set(result["controls"]) == {"untrained", "held_out", "generated"}
-
-
-def test_facts_of_a_conditional_model(tmp_path: Path) -> None:
-    result = conditional(tmp_path, *QUICK, "training.label_dropout=0.25")
-    entry = tmp_path / "models" / result["train_key"]
-    assert load_file(entry / "raw.safetensors")["class_embedding.weight"].shape == (11, 32)
-    assert json.loads((entry / "training.json").read_text())["recipe"]["label_dropout"] == 0.25
 
 
 def test_more_embeddings_than_classes_may_be_asked_for(tmp_path: Path) -> None:
