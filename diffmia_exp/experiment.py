@@ -214,7 +214,7 @@ class Experiment:
 
     def signals_spec(self, index: int, candidate: selection.Candidate, images: Images | None = None) -> Plain:
         """Everything that an attack's signals on model `index` depend on; `images` if not those that every model is measured on."""
-        spec = {
+        spec: Plain = {
             "attacked": self.attacked(index),
             "signal": candidate.measures,
             "images": (images or self.images.where(self.measured)).fingerprint,

@@ -45,8 +45,8 @@ def model(dtype: torch.dtype = torch.float64, seed: int = 0) -> Diffusion:
 
 def some(n: int, seed: int = 0) -> Images:
     """Digits with labels that have nothing to do with them, in no order, one class more frequent than the others."""
-    labels = np.random.default_rng(seed).choice(C, n, p=[0.2, 0.6, 0.2])
-    return Images(digits().take(np.arange(n)), 100 + np.random.default_rng(seed).permutation(n), labels)
+    rng = np.random.default_rng(seed)
+    return Images(digits().take(np.arange(n)), 100 + rng.permutation(n), rng.permutation(np.arange(n) % 4 % C))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -111,12 +111,12 @@ class Trained:
 
 
 MEASURED: dict[str, tuple[Attack, int]] = {
-    "loss": (Loss(t=100, n_noises=2), 9),
-    "secmi": (SecMI(t=100, stride=50), 9),
-    "rediffuse": (ReDiffuse(), 6),
-    "gsa1": (GSA1(n_timesteps=2), 6),
-    "tracing_roots": (TracingRoots(n_timesteps=2), 6),
-    "surrogate": (Surrogate(Loss(t=100), n_samples=4, steps=2), 6),
+    "loss": (Loss(t=100, n_noises=2), 5),
+    "secmi": (SecMI(t=100, stride=50), 5),
+    "rediffuse": (ReDiffuse(n_variations=3), 4),
+    "gsa1": (GSA1(n_timesteps=2), 4),
+    "tracing_roots": (TracingRoots(n_timesteps=2), 4),
+    "surrogate": (Surrogate(Loss(t=100), n_samples=4, steps=2), 4),
 }
 
 
@@ -148,15 +148,15 @@ def test_measuring_class_by_class_equals_asking_for_each_image_alone(name: str) 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_scores_depend_neither_on_the_batch_nor_on_the_order(dtype: torch.dtype, tolerance: float) -> None:
-    attack, images = Loss(t=100, n_noises=2), some(20)
+    attack, images = Loss(t=100), some(12)
     assert images.labels is not None
     everything = signals(attack, images, dtype=dtype)
     for batch_size in (1, 3):
         np.testing.assert_allclose(signals(attack, images, batch_size, dtype), everything, rtol=tolerance)
-    order = np.random.default_rng(7).permutation(20)
+    order = np.random.default_rng(7).permutation(12)
     shuffled = Images(images.pixels[order], images.sample_id[order], images.labels[order])
     np.testing.assert_allclose(signals(attack, shuffled, 4, dtype), everything[order], rtol=tolerance)
-    some_of_them = images.where(np.arange(20) % 3 == 0)
+    some_of_them = images.where(np.arange(12) % 3 == 0)
     np.testing.assert_allclose(signals(attack, some_of_them, 4, dtype), everything[::3], rtol=tolerance)
 
 
@@ -248,13 +248,13 @@ def test_labels_change_no_other_draw() -> None:
 
 # --- keys
 
-DRAWN = "?"
+DRAWN = "7cacaddfc5b3a210"
 KEYS = {
-    "model": "?",
-    "untrained": "?",
-    "signals": "?",
-    "scores": "?",
-    "run": "?",
+    "model": "4d40d85e93938325",
+    "untrained": "untrained-b4ec2004a2d5c896",
+    "signals": "dcf2d1b1e44f458a",
+    "scores": "f42e7dd93b305977",
+    "run": "48b05ac23388bad9",
 }
 """Of the default run, from before there were conditional models. Another value makes everything stored count as another thing."""
 
