@@ -71,6 +71,18 @@ def query_budget(e: Experiment, images: int | None = None) -> None:
         raise ConfigError("threat_model.query_budget", budget, must)
 
 
+def classes(e: Experiment) -> None:
+    """Refuse a conditional model of images without labels, or with too few embeddings for their classes."""
+    if e.conditional and e.n_classes is None:
+        must = f"needs class labels, which dataset={e.config['dataset']['name']} does not give; give them (docs/data.md), or use false"
+        raise ConfigError("diffusion.conditional", True, must)
+    for key, model in (("model", e.config["model"]), ("threat_model.shadow_model", e.threat_model.shadow_model or {})):
+        embeds = model.get("num_class_embeds")
+        if e.n_classes is not None and embeds is not None and (not isinstance(embeds, int) or embeds <= e.n_classes):
+            must = f"must be at least {e.n_classes + 1}, one for each of {e.n_classes} classes and one for no label; or leave it out"
+            raise ConfigError(f"{key}.num_class_embeds", embeds, must)
+
+
 def access(e: Experiment) -> None:
     """Refuse an attack that asks for more than the threat model grants.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from diffmia_exp.errors import ConfigError, UserError, choice, near, whole
+from diffmia_exp.errors import ConfigError, UserError, choice, flag, near, number, whole
 
 ALLOWED = ("diffmia_exp.", "diffusers.", "torch.nn.", "torch.optim.", "pytorch_lightning.", "opacus.", "sklearn.")
 """Where a `_target_` may point: a config is data, and may come from someone else."""
@@ -34,6 +34,12 @@ SETTINGS = ("seed", "stage", "model_index", "part", "weights", "snapshot", "chec
 """What a config holds beside them."""
 
 STAGES = ("all", "train", "attack", "report")
+
+OF_CONDITIONAL_MODELS = {"dataset": "label_column", "diffusion": "conditional", "training": "label_dropout", "threat_model": "knows_label"}
+"""What means something for class-conditional models alone. Else it is left out, and so is part of no key."""
+
+UNDEFENDED = "diffmia_exp.defenses.base.Defense"
+"""The absence of a defence, where `threat_model.shadow_defense` means nothing and is left out too."""
 
 Plain = dict[str, Any]
 
@@ -99,6 +105,14 @@ def checked(cfg: Mapping[str, Any]) -> Plain:
         if not isinstance(config[group], dict):
             raise ConfigError(group, config[group], f"must be one of the files in conf/{group}")
         list(_targets(group, config[group]))
+    if not flag("diffusion.conditional", config["diffusion"].get("conditional", False)):
+        flag("threat_model.knows_label", config["threat_model"].get("knows_label", True))
+        number("training.label_dropout", config["training"].get("label_dropout", 0), least=0, most=1)
+        for group, key in OF_CONDITIONAL_MODELS.items():
+            config[group].pop(key, None)
+    if config["defense"].get("_target_") == UNDEFENDED:
+        flag("threat_model.shadow_defense", config["threat_model"].get("shadow_defense", True))
+        config["threat_model"].pop("shadow_defense", None)
     return config
 
 

@@ -23,6 +23,7 @@ Ids = NDArray[np.int64]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 MODES = {1: "L", 3: "RGB"}
+MOST_CLASSES = 100_000  # more are no classes, but ids
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ class Source:
     Args:
         sample_id: int64 [N], unique.
         take: maps ids [n] to uint8 images [n, C, H, W].
+        labels: maps ids [n] to their classes int64 [n], and says how many classes the whole data set has; None where there are no
+            labels. Only conditional models ask for them.
     """
 
     sample_id: Ids
     take: Callable[[Ids], Pixels]
+    labels: Callable[[Ids], tuple[Ids, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,25 +49,32 @@ class Images:
     Args:
         pixels: uint8 [n, C, H, W].
         sample_id: int64 [n].
+        labels: int64 [n], their classes; None where these are unknown, or nobody asks.
     """
 
     pixels: Pixels
     sample_id: Ids
+    labels: Ids | None = None
 
     def __len__(self) -> int:
         return len(self.sample_id)
 
-    def where(self, mask: NDArray[np.bool_]) -> Images:
-        """The images selected by a boolean mask [n]."""
-        return Images(self.pixels[mask], self.sample_id[mask])
+    def where(self, at: NDArray[np.bool_] | slice) -> Images:
+        """The images selected by a boolean mask [n], or by a slice."""
+        return Images(self.pixels[at], self.sample_id[at], None if self.labels is None else self.labels[at])
 
     @property
     def fingerprint(self) -> str:
-        """Hash of shape, ids and every pixel; 16 hex digits."""
+        """Hash of shape, ids and every pixel, whatever the labels; 16 hex digits."""
         h = hashlib.sha256(repr(self.pixels.shape).encode())
         h.update(np.ascontiguousarray(self.sample_id).tobytes())
         h.update(np.ascontiguousarray(self.pixels).tobytes())
         return h.hexdigest()[:16]
+
+    @property
+    def label_fingerprint(self) -> str | None:
+        """Hash of the labels in their order, 16 hex digits; None without labels."""
+        return None if self.labels is None else hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()[:16]
 
     def hashes(self) -> list[bytes]:
         """One hash per image, equal exactly for equal pixels."""
@@ -76,11 +87,20 @@ def digits(image_size: int = 8, channels: int = 1) -> Source:
     whole("channels", channels, least=1, most=1)
     from sklearn.datasets import load_digits  # a second to import
 
-    pixels = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
-    return Source(np.arange(len(pixels)), lambda ids: pixels[ids])
+    content = load_digits()
+    pixels = np.round(content.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Source(np.arange(len(pixels)), lambda ids: pixels[ids], lambda ids: (content.target[ids].astype(np.int64), 10))
 
 
-def hub(path: str, image_size: int, channels: int, split: str = "train", image_column: str = "image", resize: bool = False) -> Source:
+def hub(
+    path: str,
+    image_size: int,
+    channels: int,
+    split: str = "train",
+    image_column: str = "image",
+    resize: bool = False,
+    label_column: str | None = None,
+) -> Source:
     """A data set in the Hugging Face layout: a hub name, or a local folder of the same shape.
 
     Args:
@@ -90,6 +110,7 @@ def hub(path: str, image_size: int, channels: int, split: str = "train", image_c
         split: of the data set.
         image_column: the column that holds the images.
         resize: resize and centre-crop images of another size; otherwise they are an error.
+        label_column: the column that holds the classes, whole numbers; None for images without labels.
     """
     _check_shape(image_size, channels)
     flag("resize", resize)
@@ -105,8 +126,9 @@ def hub(path: str, image_size: int, channels: int, split: str = "train", image_c
     except Exception as e:  # the library raises a dozen unrelated types
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError("path", path, f"split {split!r} cannot be loaded ({reason}); give a readable local copy") from e
-    if image_column not in table.column_names:
-        raise ConfigError("image_column", image_column, f"must be a column of {path}: {', '.join(table.column_names)}")
+    for key, column in {"image_column": image_column, "label_column": label_column or image_column}.items():
+        if column not in table.column_names:
+            raise ConfigError(key, column, f"must be a column of {path}: {', '.join(table.column_names)}")
 
     def one(i: int) -> Any:
         try:
@@ -123,11 +145,18 @@ def hub(path: str, image_size: int, channels: int, split: str = "train", image_c
             raise ConfigError("image_column", image_column, "must hold images")
         return _stack([(f"image {i}", image) for i, image in zip(ids.tolist(), decoded, strict=True)], image_size, channels, resize)
 
-    return Source(np.arange(len(table)), take)
+    def labels(ids: Ids) -> tuple[Ids, int]:
+        known = getattr(table.features[label_column], "num_classes", None)
+        classes, n_classes = _classes("label_column", label_column, table.select_columns(label_column)[:][label_column], known)
+        return classes[ids], n_classes
+
+    return Source(np.arange(len(table)), take, labels if label_column else None)
 
 
 def image_folder(path: str, image_size: int, channels: int = 3) -> Source:
     """Every image file below a folder, in the order of their relative paths, resized and centre-cropped to a square.
+
+    The class of an image is the folder's subfolder that holds it, at whatever depth, counted in the order of their names.
 
     Args:
         path: the folder.
@@ -153,11 +182,21 @@ def image_folder(path: str, image_size: int, channels: int = 3) -> Source:
 
         return np.concatenate([_stack([opened(i)], image_size, channels, resize=True) for i in ids.tolist()])
 
-    return Source(np.arange(len(files)), take)
+    def labels(ids: Ids) -> tuple[Ids, int]:
+        within = [f.relative_to(folder) for f in files]
+        if loose := [f for f in within if len(f.parts) == 1]:
+            raise ConfigError("path", path, f"gives {len(loose)} images no class, {loose[0]} first; put each class into a subfolder")
+        _, classes = np.unique([f.parts[0] for f in within], return_inverse=True)
+        return classes.astype(np.int64)[ids], int(classes.max()) + 1
+
+    return Source(np.arange(len(files)), take, labels)
 
 
 def arrays(path: str, image_size: int, channels: int) -> Source:
-    """An npz file with uint8 `images` [N, H, W], [N, H, W, C] or [N, C, H, W], and optionally unique integer `sample_id` [N]."""
+    """An npz file with uint8 `images` [N, H, W], [N, H, W, C] or [N, C, H, W]; optionally with integers [N], `sample_id` and `labels`.
+
+    Ids are unique, labels are classes from 0 on.
+    """
     _check_shape(image_size, channels)
     content = read_npz("path", path)
     if "images" not in content:
@@ -176,7 +215,17 @@ def arrays(path: str, image_size: int, channels: int) -> Source:
     if sample_id.shape != (len(images),) or sample_id.dtype.kind not in "iu" or len(np.unique(sample_id)) != len(images):
         raise ConfigError("path", path, "`sample_id` must be one distinct integer per image")
     position = {int(i): n for n, i in enumerate(sample_id)}
-    return Source(sample_id.astype(np.int64), lambda ids: images[[position[int(i)] for i in ids]])
+
+    def at(ids: Ids) -> list[int]:
+        return [position[int(i)] for i in ids]
+
+    def labels(ids: Ids) -> tuple[Ids, int]:
+        classes, n_classes = _classes("path", path, content["labels"])
+        if len(classes) != len(images):
+            raise ConfigError("path", path, f"`labels` must be one whole number per image, {len(images)} of them, not {len(classes)}")
+        return classes[at(ids)], n_classes
+
+    return Source(sample_id.astype(np.int64), lambda ids: images[at(ids)], labels if "labels" in content else None)
 
 
 def read_npz(key: str, path: str | None) -> dict[str, NDArray[Any]]:
@@ -189,6 +238,18 @@ def read_npz(key: str, path: str | None) -> dict[str, NDArray[Any]]:
             return {name: f[name] for name in f.files}
     except Exception as e:  # zip, format and pickle errors alike: the file is not what it should be
         raise ConfigError(key, path, f"cannot be read as an npz file of plain arrays ({e})") from None
+
+
+def _classes(key: str, given: str | None, found: Any, n_classes: int | None = None) -> tuple[Ids, int]:
+    """A data set's labels as int64 [N], and the number of classes: what is known, or one more than the highest label."""
+    try:
+        classes = np.asarray(found)
+    except ValueError:  # rows of different lengths
+        classes = np.asarray(found, dtype=object)
+    most = MOST_CLASSES if n_classes is None else n_classes
+    if classes.ndim != 1 or classes.dtype.kind not in "iu" or not ((classes >= 0) & (classes < most)).all():
+        raise ConfigError(key, given, f"must give each image a label that is a whole number from 0 to {most - 1}")
+    return classes.astype(np.int64), int(classes.max()) + 1 if n_classes is None else n_classes
 
 
 def _check_shape(image_size: int, channels: int) -> None:

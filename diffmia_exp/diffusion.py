@@ -7,7 +7,9 @@ sqrt(1 - alphas_cumprod[t]) eps. The index t = -1 stands for the clean image, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +20,7 @@ from diffmia_exp.errors import ConfigError, choice, number, whole
 from diffmia_exp.noise import derive, gaussian
 
 Timestep = int | Tensor
+Label = int | Tensor | None
 PREDICTIONS = ("epsilon", "v", "sample")
 
 
@@ -94,14 +97,38 @@ class Schedule(nn.Module):
         return a_next * self.x0_from_eps(x_t, t, eps) + s_next * eps
 
 
+_label: ContextVar[Label] = ContextVar("label", default=None)
+
+
+@contextmanager
+def given(label: Label) -> Iterator[None]:
+    """Meanwhile every conditional model is asked under this label: eps_t(x_t | label). Others do not heed it.
+
+    It is no argument of `Diffusion`, so that an attack asks under its image's label, the target as well as models of its own, without
+    knowing that there are labels.
+
+    Args:
+        label: a class, or one for each image int64 [B]; None for the null label, which says nothing.
+    """
+    token = _label.set(label)
+    try:
+        yield
+    finally:
+        _label.reset(token)
+
+
 class Diffusion(nn.Module):
     """A network and its schedule: everything that training and attacks ask of a diffusion model.
 
     Args:
-        net: maps (x_t [B, C, H, W], t int64 [B]) to a prediction of the same shape (or an object that holds it as `.sample`).
+        net: maps (x_t [B, C, H, W], t int64 [B]) to a prediction of the same shape (or an object that holds it as `.sample`); that of a
+            conditional model also takes `class_labels` int64 [B].
         alphas_cumprod: [T], see `Schedule`.
         prediction: what the net predicts: `epsilon`, `v` = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022), or `sample` = x0.
         image_shape: (C, H, W), needed by `sample` only.
+        n_classes: of a conditional model, whose classes are 0 to n_classes - 1; its null label, which stands for none of them, is
+            n_classes (Ho & Salimans 2022, section 3.2). It is asked under what `given` says, the null label if nothing. None for an
+            unconditional model.
 
     All methods compute in the precision of the images they are given; the net always runs in its own.
     """
@@ -112,12 +139,14 @@ class Diffusion(nn.Module):
         alphas_cumprod: Tensor,
         prediction: str = "epsilon",
         image_shape: tuple[int, int, int] | None = None,
+        n_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.schedule = Schedule(alphas_cumprod)
         self.prediction = choice("prediction", prediction, PREDICTIONS)
         self.image_shape = image_shape
+        self.n_classes = n_classes
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -138,7 +167,11 @@ class Diffusion(nn.Module):
         """The net's raw prediction at x_t, in the precision of x_t."""
         parameter = next(self.net.parameters(), x_t)
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        out: Any = self.net(x_t.to(parameter.dtype), t)
+        condition: dict[str, Tensor] = {}
+        if self.n_classes is not None:
+            label = _label.get()
+            condition["class_labels"] = torch.as_tensor(self.n_classes if label is None else label, device=x_t.device).expand(len(x_t))
+        out: Any = self.net(x_t.to(parameter.dtype), t, **condition)
         return (out if isinstance(out, Tensor) else out.sample).to(x_t.dtype)
 
     def q_sample(self, x0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
@@ -171,8 +204,14 @@ class Diffusion(nn.Module):
         return (self(x_t, t) - target).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def sample(self, n: int, steps: int = 50, seed: int = 0, batch_size: int = 256) -> Tensor:
+    def sample(self, n: int, steps: int = 50, seed: int = 0, batch_size: int = 256, labels: Tensor | None = None) -> Tensor:
         """Draw images with `steps` deterministic DDIM steps, x0_hat clipped to [-1, 1].
+
+        Args:
+            n, steps, seed: how many, in how many steps, and of which noise.
+            batch_size: images drawn at once.
+            labels: int64 [n], the classes to draw from a conditional model (without guidance); None for each class in turn, image i
+                of class i modulo `n_classes`.
 
         Returns:
             float32 [n, C, H, W] in [-1, 1]; image i is the same for every n and batch size.
@@ -182,13 +221,16 @@ class Diffusion(nn.Module):
         if self.image_shape is None:
             raise ConfigError("image_shape", None, "must be given to Diffusion before it can sample")
         times = [*torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long().tolist(), -1]
+        if self.n_classes is not None:
+            labels = (torch.arange(n) % self.n_classes if labels is None else labels).to(self.device)
         drawn = []
         for ids in torch.arange(n, device=self.device).split(batch_size):
             x = gaussian(derive(seed, "sample"), ids, self.image_shape).float()
-            for t, t_next in pairwise(times):
-                a, s = self.schedule.coefficients(t, x)
-                x0 = self.x0_hat(x, t).clamp(-1, 1)
-                a_next, s_next = self.schedule.coefficients(t_next, x)
-                x = a_next * x0 + s_next * (x - a * x0) / s  # not by `ddim`, which would divide the rounding of x0 by a
+            with given(None if labels is None else labels[ids]):
+                for t, t_next in pairwise(times):
+                    a, s = self.schedule.coefficients(t, x)
+                    x0 = self.x0_hat(x, t).clamp(-1, 1)
+                    a_next, s_next = self.schedule.coefficients(t_next, x)
+                    x = a_next * x0 + s_next * (x - a * x0) / s  # not by `ddim`, which would divide the rounding of x0 by a
             drawn.append(x)
         return torch.cat(drawn)

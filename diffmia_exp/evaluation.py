@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from diffmia_exp.attacks.base import Attack, Lab
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images
+from diffmia_exp.diffusion import given
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
 from diffmia_exp.progress import Bar
 from diffmia_exp.threat_models import SamplesOnly, WhiteBox
@@ -81,30 +82,38 @@ def measure(
 ) -> tuple[NDArray[np.float64], Plain]:
     """The attack's signals of all images on one model, float64 [n, F], and what they cost (`nfe_per_image`, `seconds`).
 
+    A conditional model is asked under the images' labels, one at a time: whatever an attack stacks, its batch is of one class.
     `folder` is the store's in which they are measured, if any.
     """
     measured: list[NDArray[np.float64]] = []
+    order: list[NDArray[np.intp]] = []
     started = time.monotonic()
     attack.prepare(access, lab)
     with torch.inference_mode(attack.access is not WhiteBox), torch.backends.cudnn.flags(allow_tf32=False):
-        for at in batches(len(images), evaluation.batch_size, label, folder):
+        for at, asked_under in batches(images, evaluation.batch_size, label, folder):
             x = torch.from_numpy(images.pixels[at]).to(device, torch.float64) / 127.5 - 1
             ids = torch.from_numpy(images.sample_id[at]).to(device)
-            measured.append(attack.signal(access, x, ids).double().cpu().numpy())
+            with given(asked_under):
+                measured.append(attack.signal(access, x, ids).double().cpu().numpy())
+            order.append(at)
     out = np.concatenate(measured)
+    if images.labels is not None:
+        out = out[np.argsort(np.concatenate(order))]
     if not np.isfinite(out).all():
         bad = int((~np.isfinite(out).all(1)).sum())
         raise UserError(f"{label}: the signals of {bad} of {len(out)} images are not finite; is the model trained well?")
     return out, {"nfe_per_image": access.evaluations / len(images), "seconds": round(time.monotonic() - started, 3)}
 
 
-def batches(n: int, size: int, label: str, folder: Path | None = None) -> Iterator[slice]:
-    """Slices of at most `size`, with a progress bar that counts images."""
-    with Bar(label, n, "image", folder, leave=False) as bar:
-        for start in range(0, n, size):
-            at = slice(start, min(start + size, n))
-            yield at
-            bar.update(at.stop - at.start)
+def batches(images: Images, size: int, label: str, folder: Path | None = None) -> Iterator[tuple[NDArray[np.intp], int | None]]:
+    """Positions of at most `size` images, and their class (None without labels), class by class, with a progress bar."""
+    classes = [None] if images.labels is None else np.unique(images.labels).tolist()
+    with Bar(label, len(images), "image", folder, leave=False) as bar:
+        for one in classes:
+            at = np.arange(len(images)) if one is None else np.flatnonzero(images.labels == one)
+            for start in range(0, len(at), size):
+                yield (batch := at[start : start + size]), one
+                bar.update(len(batch))
 
 
 def parts(n: int, size: int, of: int) -> list[slice]:

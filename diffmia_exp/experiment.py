@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from diffmia_exp import checks, runs, selection
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.config import Plain, build
-from diffmia_exp.data import Images, Source
+from diffmia_exp.data import Ids, Images, Source
 from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import PREDICTIONS, Diffusion
 from diffmia_exp.errors import ConfigError, choice, whole
@@ -53,6 +54,8 @@ class Experiment:
         self.prediction = config["diffusion"].get("prediction", "epsilon")
         choice("diffusion.prediction", self.prediction, PREDICTIONS)
         self.alphas_cumprod = build("diffusion.schedule", config["diffusion"]["schedule"])
+        self.conditional: bool = config["diffusion"].get("conditional", False)
+        self.n_classes: int | None = None
         self.defense: Defense = build("defense", config["defense"], Defense)
         self.recipe: Recipe = build("training", self.group("training"))
         self.shadow_recipe = self._shadow_recipe()
@@ -77,7 +80,9 @@ class Experiment:
 
     def load(self) -> None:
         """Read the data, draw the split, and check that they suffice for the attack."""
-        self.split, self.images = _load(json.dumps([self.config["dataset"], self.config["split"], self.seed]))
+        key = json.dumps([self.config["dataset"], self.config["split"], self.seed, self.conditional])
+        self.split, self.images, self.n_classes = _load(key)
+        checks.classes(self)
         crossing = self.split.crossing(self.images)
         self.duplicates = int(crossing.sum())
         self.audited = self.split.pool[self.target_index] & ~(crossing & self.evaluation.drop_duplicates)
@@ -159,10 +164,17 @@ class Experiment:
         return mask | self.split.public if self.attack.min_public else mask
 
     def group(self, name: str, shadow: bool = False) -> Plain:
-        """The config of `model` or `training` as the defence has it, for a shadow with what the adversary gets wrong about it."""
-        settings = _nameless(self.config[name]) | ((getattr(self.threat_model, f"shadow_{name}") or {}) if shadow else {})
-        changed: Plain = getattr(self.defended(shadow), name)(settings)
-        return changed
+        """The config of `model`, `diffusion` or `training` as the defence has it; of a shadow with what the adversary gets wrong about it.
+
+        A conditional model knows how many classes there are.
+        """
+        classes: dict[str, Plain] = {}
+        if self.n_classes is not None:
+            classes = {"model": {"num_class_embeds": self.n_classes + 1}, "diffusion": {"n_classes": self.n_classes}}
+        wrong = (getattr(self.threat_model, f"shadow_{name}", None) or {}) if shadow else {}
+        settings = classes.get(name, {}) | _nameless(self.config[name]) | wrong
+        defense = self.defended(shadow)
+        return {"model": defense.model, "training": defense.training}.get(name, dict)(settings)
 
     def defended(self, shadow: bool) -> Defense:
         """The defence of the target, or of a shadow: the same, if the adversary adapts to it."""
@@ -182,7 +194,7 @@ class Experiment:
         """The part of a model's spec that is the same whatever it is trained on."""
         spec = {
             "model": self.group("model", shadow),
-            "diffusion": _nameless(self.config["diffusion"]),
+            "diffusion": self.group("diffusion"),
             "training": self.group("training", shadow),
             "precision": self.config["trainer"]["precision"],
         }
@@ -204,12 +216,20 @@ class Experiment:
         if index == self.untrained:
             described |= {"weights": None, "snapshot": None}
         if self.config["checkpoint"] is not None:  # a file says nothing about its schedule and architecture
-            described |= {"architecture": _nameless(self.config["model"]), "diffusion": _nameless(self.config["diffusion"])}
+            described |= {"architecture": self.group("model"), "diffusion": self.group("diffusion")}
         return described
+
+    def shown(self, images: Images) -> Images:
+        """The images as the adversary knows them: without labels where it does not know these."""
+        return images if self.threat_model.knows_label else replace(images, labels=None)
+
+    def generated_labels(self, n: int) -> Ids | None:
+        """The classes int64 [n] that generated images are drawn from, see `Diffusion.sample`; None for an unconditional model."""
+        return None if self.n_classes is None else np.arange(n) % self.n_classes
 
     def signals_spec(self, index: int, candidate: selection.Candidate, images: Images | None = None) -> Plain:
         """Everything that an attack's signals on model `index` depend on; `images` if not those that every model is measured on."""
-        spec = {
+        spec: Plain = {
             "attacked": self.attacked(index),
             "signal": candidate.measures,
             "images": (images or self.images.where(self.measured)).fingerprint,
@@ -217,6 +237,8 @@ class Experiment:
         }
         if candidate.attack.trains:
             spec["surrogate"] = self.training_spec(shadow=True) | {"seed": self.surrogate_seed(index)}
+        if self.conditional:
+            spec["labels"] = self.shown(images or self.images.where(self.measured)).label_fingerprint
         if candidate.attack.min_public:
             spec["public"] = self.images.where(self.split.public).fingerprint
         return spec
@@ -263,7 +285,7 @@ class Experiment:
         shape = self.images.pixels.shape[1:]
         try:
             with torch.inference_mode():
-                out = Diffusion(net.eval(), self.alphas_cumprod)(torch.zeros(1, *shape), 0)
+                out = self.diffusion(net.eval())(torch.zeros(1, *shape), 0)
         except Exception as e:  # whatever a network says to images that do not fit it
             message = f"cannot take images of shape {'x'.join(map(str, shape))} ({str(e).splitlines()[0]})"
             raise ConfigError("model", name, message) from e
@@ -274,23 +296,25 @@ class Experiment:
     def diffusion(self, net: torch.nn.Module) -> Diffusion:
         """The network with its schedule."""
         c, h, w = self.images.pixels.shape[1:]
-        return Diffusion(net, self.alphas_cumprod, self.prediction, (c, h, w))
+        return Diffusion(net, self.alphas_cumprod, self.prediction, (c, h, w), self.n_classes)
 
 
 @lru_cache(maxsize=2)  # the cells of a grid share their data
-def _load(key: str) -> tuple[MemberSplit, Images]:
-    dataset, split_config, seed = json.loads(key)
+def _load(key: str) -> tuple[MemberSplit, Images, int | None]:
+    dataset, split_config, seed, conditional = json.loads(key)
     source: Source = build("dataset", dataset)
     split: MemberSplit = build("split", split_config, sample_id=source.sample_id, seed=seed)
     try:
-        return split, Images(source.take(split.sample_id), split.sample_id)
+        labels, n_classes = source.labels(split.sample_id) if conditional and source.labels is not None else (None, None)
+        return split, Images(source.take(split.sample_id), split.sample_id, labels), n_classes
     except ConfigError as e:
         raise e.under("dataset") from None
 
 
 def described(members: Images) -> Plain:
     """A training set, as a model's spec has it."""
-    return {"members": members.fingerprint, "n_members": len(members)}
+    labels: Plain = {} if members.labels is None else {"labels": members.label_fingerprint}
+    return {"members": members.fingerprint, "n_members": len(members)} | labels
 
 
 def _nameless(cfg: Mapping[str, Any]) -> Plain:

@@ -1,7 +1,7 @@
 """Training a diffusion model with Lightning: what a model's weights depend on, and nothing else.
 
-Batch indices, timesteps, noise and flips are pure functions of (seed, model index, step). A run that was killed goes on from its
-last checkpoint and ends with the same bits, and a run on more devices sees the same draws.
+Batch indices, timesteps, noise, flips and dropped labels are pure functions of (seed, model index, step). A run that was killed goes
+on from its last checkpoint and ends with the same bits, and a run on more devices sees the same draws.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 from diffmia_exp import ranks
 from diffmia_exp.claims import write_atomic
 from diffmia_exp.config import Plain
-from diffmia_exp.data import Pixels
+from diffmia_exp.data import Ids, Pixels
 from diffmia_exp.defenses.base import Defense
-from diffmia_exp.diffusion import Diffusion
+from diffmia_exp.diffusion import Diffusion, given
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.interruption import Interruption
 from diffmia_exp.noise import derive, generator
@@ -55,10 +55,18 @@ class LitDiffusion(pl.LightningModule):
         recipe: see `Recipe`.
         seed, model_index: what every draw is a function of.
         defense: what augments the batches.
+        labels: int64 [n], the members' classes, for a conditional model.
     """
 
     def __init__(
-        self, diffusion: Diffusion, pixels: Pixels, recipe: Recipe, seed: int, model_index: int, defense: Defense | None = None
+        self,
+        diffusion: Diffusion,
+        pixels: Pixels,
+        recipe: Recipe,
+        seed: int,
+        model_index: int,
+        defense: Defense | None = None,
+        labels: Ids | None = None,
     ) -> None:
         super().__init__()
         self.defense = defense or Defense()
@@ -66,6 +74,7 @@ class LitDiffusion(pl.LightningModule):
         self.ema = copy.deepcopy(diffusion.net).requires_grad_(False)
         self.recipe, self.seed, self.model_index = recipe, seed, model_index
         self._pixels = torch.from_numpy(pixels)  # no buffer: neither checkpointed nor broadcast over ranks
+        self._labels = None if labels is None else torch.from_numpy(labels)
         self._orders: dict[int, Tensor] = {}
 
     def on_fit_start(self) -> None:
@@ -91,6 +100,14 @@ class LitDiffusion(pl.LightningModule):
         noise = torch.randn((b, *self._pixels.shape[1:]), generator=g)
         return index, t, noise, torch.rand(b, generator=g) < 0.5
 
+    def labels(self, step: int, index: Tensor) -> Tensor | None:
+        """What the batch of `step`, members `index` [B], is trained under: labels int64 [B], some dropped; None without labels."""
+        if self._labels is None:
+            return None
+        g = torch.Generator().manual_seed(derive(self.seed, "step", self.model_index, step, 2))
+        dropped = torch.rand(self.recipe.batch_size, generator=g) < self.recipe.label_dropout
+        return torch.where(dropped, torch.tensor(self.diffusion.n_classes), self._labels[index])
+
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             order = generator(self.seed, "order", self.model_index, epoch).permutation(len(self._pixels))
@@ -101,13 +118,16 @@ class LitDiffusion(pl.LightningModule):
         step, rank, world = self.global_step, self.global_rank, self.trainer.world_size
         torch.manual_seed(derive(self.seed, "step", self.model_index, step, rank, 1))  # for dropout
         mine = slice(rank * self.recipe.batch_size // world, (rank + 1) * self.recipe.batch_size // world)
-        index, t, noise, flips = (d.to(self.device) for d in self.draws(step))
+        draws = self.draws(step)
+        labels = self.labels(step, draws[0])
+        index, t, noise, flips = (d.to(self.device) for d in draws)
         x0 = self._pixels[index].float() / 127.5 - 1
         if self.recipe.flip:
             x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
         g = torch.Generator().manual_seed(derive(self.seed, "augment", self.model_index, step))
         x0 = self.defense.augmented(x0, g)  # the whole batch on every rank, so that all see the same draws
-        return self.loss(x0[mine], t[mine], noise[mine], index[mine]).mean()
+        with given(None if labels is None else labels[mine]):
+            return self.loss(x0[mine], t[mine], noise[mine], index[mine]).mean()
 
     def loss(self, x0: Tensor, t: Tensor, noise: Tensor, index: Tensor) -> Tensor:
         """What is minimised, per image [B], at the images [B, C, H, W] of these indices among the members."""
@@ -252,7 +272,6 @@ def train(
     logger: Logger | None = None,
     resume: bool | None = None,
     made: Callable[..., LitDiffusion] = LitDiffusion,
-    defense: Defense | None = None,
 ) -> None:
     """Train into `folder`, from its `last.ckpt` if there is one.
 
@@ -267,7 +286,7 @@ def train(
         label: for the progress bar.
         logger: for the loss.
         resume: whether from a checkpoint; None to look. Ranks must agree.
-        made, defense: what makes the module, as `Defense.lit` has it, and the defence.
+        made: what makes the module of all this, with a defence and with labels where there are any.
 
     Raises:
         ConfigError: if the devices are not there, or the batch does not divide over them.
@@ -314,7 +333,7 @@ def train(
         "%s: %d images a step (%d on each of %d devices), learning rate %g, never scaled: the same training on any number of devices",
         *(label, recipe.batch_size, recipe.batch_size // n, n, recipe.lr),
     )
-    module = made(diffusion, pixels, recipe, seed, model_index, defense)
+    module = made(diffusion, pixels, recipe, seed, model_index)
     started = time.monotonic()
     others = multiprocessing.active_children()
     try:

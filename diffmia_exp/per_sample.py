@@ -51,7 +51,7 @@ class _Unsupported(Exception):
 def gradients(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], together: int = 1, of_input: bool = False) -> Gradients:
     """L2 norms of per-sample gradients of the mean loss over `together` consecutive rows, for each parameter tensor of `net`.
 
-    Conv2d (without groups), Linear, GroupNorm and LayerNorm layers that are used once are taken apart; a net that has parameters
+    Conv2d (without groups), Linear, Embedding, GroupNorm and LayerNorm layers that are used once are taken apart; a net that has parameters
     elsewhere goes through `torch.func.vmap` as a whole: slower, the same result. The first axis of every layer's input must be the
     rows, and no layer may mix them (eval mode).
 
@@ -137,12 +137,19 @@ def _by_layer(net: nn.Module, loss: Loss, inputs: list[Tensor], together: int, o
 def _known(module: nn.Module) -> bool:
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if type(module) is nn.Embedding:
+        return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
     return type(module) in (nn.Linear, nn.GroupNorm, nn.LayerNorm)
 
 
 def _norms(module: nn.Module, a: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Norms [samples] of a layer's weight and bias gradients, from its input and the gradient at its output."""
+    """Norms [samples] of a layer's weight and bias gradients (an embedding has none), from its input and the gradient at its output."""
     dtype = torch.promote_types(g.dtype, torch.float32)
+    if isinstance(module, nn.Embedding):  # a row's gradient is the sum of those at its positions
+        a, g = a.reshape(samples, -1), g.to(dtype).reshape(samples, -1, g.shape[-1])
+        same = a[:, :, None] == a[:, None, :]
+        norm = (torch.bmm(g, g.transpose(1, 2)) * same).flatten(1).sum(1).clamp(min=0).sqrt()
+        return norm, torch.zeros_like(norm)
     a, g = a.to(dtype), g.to(dtype)
     if isinstance(module, nn.Conv2d):
         g = g.permute(0, 2, 3, 1)  # channels last: then the patches of neighbouring pixels are runs of memory

@@ -28,6 +28,8 @@ class Recipe:
         ema_decay: of the weight average; None for an average over the last twentieth of the run, 1 - 20 / steps, at most .9999. While
             the run is young the decay is (1 + step) / (10 + step), so that the average forgets the initialisation.
         snapshots: steps after which the weights are kept as well, so that attacks can be run along training.
+        label_dropout: of a conditional model: the probability that an image is trained on under the null label, so that the model also
+            learns to do without (Ho & Salimans 2022, algorithm 1).
     """
 
     steps: int
@@ -40,6 +42,7 @@ class Recipe:
     flip: bool = False
     ema_decay: float | None = None
     snapshots: list[int] = field(default_factory=list)
+    label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, least=1)
@@ -56,6 +59,7 @@ class Recipe:
             raise ConfigError("snapshots", self.snapshots, "must be a list of steps, as [100,200]")
         for step in self.snapshots:
             whole("snapshots", step, least=1, most=self.steps)
+        number("label_dropout", self.label_dropout, least=0, most=1)
 
     def ema_decay_at(self, step: int) -> float:
         """The decay that the average uses after `step` optimiser steps."""

@@ -154,6 +154,8 @@ class ThreatModel:
         shadow_model: settings of `model` that the adversary gets wrong: its shadows and surrogates are built with these instead.
         shadow_training: the same for `training`.
         shadow_defense: whether shadows and surrogates are defended as the target is, by an adversary who knows of the defence.
+        knows_label: whether the adversary knows the class of the images it asks about, where the model is conditional; otherwise it
+            asks under the null label.
     """
 
     access: str
@@ -161,6 +163,7 @@ class ThreatModel:
     shadow_model: dict[str, Any] | None = None
     shadow_training: dict[str, Any] | None = None
     shadow_defense: bool = True
+    knows_label: bool = True
 
     def __post_init__(self) -> None:
         choice("access", self.access, LEVELS)
@@ -170,6 +173,7 @@ class ThreatModel:
             if not isinstance(getattr(self, key), dict | None):
                 raise ConfigError(key, getattr(self, key), "must be settings, as {steps: 300}, or null")
         flag("shadow_defense", self.shadow_defense)
+        flag("knows_label", self.knows_label)
 
     def grants(self, needed: type[SamplesOnly]) -> bool:
         """Whether an attack that needs this access may run."""

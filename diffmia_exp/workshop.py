@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from diffmia_exp import memorisation, runs, selection
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
-from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.evaluation import measure, parts
@@ -49,22 +49,22 @@ class Workshop:
         spec, role = e.model_spec(index), e.role(index)
         if (found := e.stores["models"].get(spec)) is not None:
             return found
-        net, pixels, recipe, row = self._training(index)
+        net, members, recipe, row = self._training(index)
         label = f"training {role} model {index}{position}"
         name = f"m{row}" if row == index else f"m{row}-held-out"
-        return self._trained(spec, net, pixels, recipe, e.seed, row, name, label, role == "shadow", index)
+        return self._trained(spec, net, members, recipe, e.seed, row, name, label, role == "shadow", index)
 
-    def _training(self, index: int) -> tuple[torch.nn.Module, Pixels, Recipe, int]:
+    def _training(self, index: int) -> tuple[torch.nn.Module, Images, Recipe, int]:
         """What the training of model `index` begins with: network, members, recipe, and the row whose draws it gets."""
         e = self.experiment
         recipe = e.shadow_recipe if e.role(index) == "shadow" else e.recipe
-        return e.net(index), e.training_images(index).pixels, recipe, e.draws(index)
+        return e.net(index), e.training_images(index), recipe, e.draws(index)
 
     def _trained(
         self,
         spec: Plain,
         net: torch.nn.Module,
-        pixels: Pixels,
+        members: Images,
         recipe: Recipe,
         seed: int,
         row: int,
@@ -86,8 +86,8 @@ class Workshop:
             options = e.trainer if index is not None else e.trainer.alone()
             called = f"train-{e.config['dataset']['name']}-s{e.seed}-{name}"
             with e.tracking.training(e.output_dir, key, called, spec, folder) as logger:
-                made, defense = self._defended(shadow)
-                lit.train(folder, e.diffusion(net), pixels, recipe, options, seed, row, label, logger, resume, made, defense)
+                made = self._module(members, shadow)
+                lit.train(folder, e.diffusion(net), members.pixels, recipe, options, seed, row, label, logger, resume, made)
 
         return e.stores["models"].get_or_make(spec, make)
 
@@ -97,15 +97,16 @@ class Workshop:
 
         e = self.experiment
         for index, resume in self.ranks.orders():
-            net, pixels, recipe, row = self._training(index)
-            folder = e.stores["models"].root / f"{e.key(index)}.partial"
-            label, defended = f"training model {index}", self._defended(e.role(index) == "shadow")
-            lit.train(folder, e.diffusion(net), pixels, recipe, e.trainer, e.seed, row, label, None, resume, *defended)
+            net, members, recipe, row = self._training(index)
+            folder, label = e.stores["models"].root / f"{e.key(index)}.partial", f"training model {index}"
+            made = self._module(members, e.role(index) == "shadow")
+            lit.train(folder, e.diffusion(net), members.pixels, recipe, e.trainer, e.seed, row, label, None, resume, made)
 
-    def _defended(self, shadow: bool) -> tuple[Callable[..., LitDiffusion], Defense]:
+    def _module(self, members: Images, shadow: bool) -> Callable[..., LitDiffusion]:
+        """What makes the Lightning module of a training, with the defence and the labels."""
         e = self.experiment
         defense = e.defended(shadow)
-        return defense.lit(e.images.where(e.split.public)), defense
+        return partial(defense.lit(e.images.where(e.split.public)), defense=defense, labels=members.labels)
 
     def train_all(self) -> None:
         """Target and shadows, or the one model that was asked for."""
@@ -187,7 +188,7 @@ class Workshop:
         def make(folder: Path) -> None:
             diffusion = self.model(index)[0]
             everything = e.images.where(e.measured)
-            shown = everything if images is None else images
+            shown = e.shown(everything if images is None else images)
             access = e.threat_model.grant(diffusion, candidate.attack.access, max(len(everything), len(shown)), self._sampler(index))
             label = f"measuring {e.config['attack']['name']}{position}"
             out, cost = measure(candidate.attack, access, Home(self, index), shown, e.evaluation, diffusion.device, label, folder)
@@ -201,7 +202,7 @@ class Workshop:
         e = self.experiment
         everything = e.images.where(e.measured)
         slices = [at for at in parts(len(everything), e.evaluation.batch_size, of) if at.stop > at.start]
-        shown = [Images(everything.pixels[at], everything.sample_id[at]) for at in slices]
+        shown = [everything.where(at) for at in slices]
         rows = [e.target_index, *e.shadows]
         for n, index in enumerate(rows):
             for candidate in e.candidates:
@@ -246,7 +247,8 @@ class Workshop:
         Their ids are below all others, so that no image shares their noise.
         """
         e, pixels, real = self.experiment, self.preview(), self.signals(candidate)
-        generated = Images(pixels, min(int(e.images.sample_id.min()), 0) - 1 - np.arange(len(pixels)))
+        ids = min(int(e.images.sample_id.min()), 0) - 1 - np.arange(len(pixels))
+        generated = Images(pixels, ids, e.generated_labels(len(pixels)))
         compared = e.shadows if candidate.attack.compares and candidate.attack.min_shadows else []
         rows = [e.target_index, *compared]
         entries = [self.measured(row, candidate, f" on generated images{_of(n, rows)}", generated) for n, row in enumerate(rows)]
@@ -330,10 +332,11 @@ class Home:
         """A model of the adversary's own, trained by the recipe it believes in."""
         e = self._workshop.experiment
         seed = e.surrogate_seed(self._index)
-        spec = described(Images(pixels, np.arange(len(pixels)))) | e.training_spec(shadow=True) | {"seed": seed}
+        images = Images(pixels, np.arange(len(pixels)), e.generated_labels(len(pixels)))
+        spec = described(images) | e.training_spec(shadow=True) | {"seed": seed}
         net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
         label = f"training a surrogate of model {self._index}"
-        entry = self._workshop._trained(spec, net, pixels, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label, shadow=True)
+        entry = self._workshop._trained(spec, net, images, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label, shadow=True)
         return self._workshop._read(entry / f"{e.weights}.safetensors", net)
 
 

@@ -53,6 +53,9 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
     "unknown weights": ("weights=best", [("weights=best", "must be one of ema, raw")]),
     "mandatory value missing": ("dataset=arrays", [("dataset.path=???", "must be given on the command line")]),
     "target outside the project": ("attack._target_=os.system", [("attack._target_=os.system", "must begin with one of diffmia_exp.")]),
+    "conditional or not": ("diffusion.conditional=perhaps", [("diffusion.conditional=perhaps", "must be true or false")]),
+    "label known or not": ("threat_model.knows_label=1", [("threat_model.knows_label=1", "must be true or false")]),
+    "share of labels": ("training.label_dropout=1.5", [("training.label_dropout=1.5", "must be a number of at least 0")]),
     "grid below a file": ("-m seed=1,2 output_dir={files}/file.txt/out", [("output_dir", "give another folder")]),
 }
 
@@ -121,6 +124,22 @@ BEFORE_TRAINING: Mistakes = {
     "sizes of the split": (
         f"-m {ARRAYS} split=exact split.n_nonmembers=4 split.n_members=0,13",
         [("split.n_members=0", "of at least 1"), ("split.n_members + split.n_nonmembers=17", "take at most 16")],
+    ),
+    "classes": (
+        "-m dataset=arrays dataset.image_size=8 dataset.channels=1 split.pool=16 diffusion.conditional=true "
+        "dataset.path={files}/images.npz,{files}/floats.npz,{files}/short.npz",
+        [
+            ("diffusion.conditional=True", "needs class labels, which dataset=arrays does not give; give them"),
+            ("dataset.path={files}/floats.npz", "must give each image a label that is a whole number from 0"),
+            ("dataset.path={files}/short.npz", "`labels` must be one whole number per image, 16 of them, not 15"),
+        ],
+    ),
+    "settings of classes": (
+        "-m diffusion.conditional=true threat_model.knows_label=true,perhaps +model.num_class_embeds=10",
+        [
+            ("model.num_class_embeds=10", "must be at least 11, one for each of 10 classes and one for no label"),
+            ("threat_model.knows_label=perhaps", "must be true or false"),
+        ],
     ),
     "index files": (
         f"-m {FROM_FILE} split.path={{files}}/no.npz,{{files}}/images.npz,{{files}}/unknown.json,{{files}}/twice.json",
@@ -228,6 +247,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "corrupt" / "03.png").write_bytes(whole[:60])
     Image.fromarray(np.zeros((7, 9), np.uint8)).save(root / "mixed" / "05.png")
     np.savez(root / "images.npz", images=pixels)
+    np.savez(root / "floats.npz", images=pixels, labels=np.linspace(0, 1, 16))
+    np.savez(root / "short.npz", images=pixels, labels=np.arange(15))
     np.savez(root / "pickled.npz", images=np.array([{}] * 16, dtype=object))
     (root / "file.txt").write_text("nothing of use")
     (root / "unknown.json").write_text(json.dumps({"members": [1, 2], "nonmembers": [3, 5000]}))

@@ -301,6 +301,94 @@ def test_hub_explains_what_it_cannot_use(hub_folder: Path) -> None:
         data.hub(str(hub_folder), 6, 3, resize="yes")  # type: ignore[arg-type]
 
 
+# --- labels
+
+
+def assert_labels(source: Source, expected: list[int], n_classes: int) -> None:
+    """Label i for the i-th id, whatever the order, alone and repeated; `expected` is in the order of `sample_id`."""
+    assert source.labels is not None
+    order = np.random.default_rng(1).permutation(len(expected))
+    for chosen in (np.arange(len(expected)), order, order[:1], np.repeat(order[:2], 2)):
+        labels, n = source.labels(source.sample_id[chosen])
+        assert (labels.dtype, n) == (np.int64, n_classes)
+        assert labels.tolist() == np.array(expected)[chosen].tolist()
+
+
+def test_digits_are_labelled_with_their_number() -> None:
+    assert_labels(data.digits(), load_digits().target.tolist(), 10)
+
+
+def test_arrays_give_each_id_its_label(tmp_path: Path) -> None:
+    ids, labels = np.array([900, 3, -7, 12]), np.array([2, 0, 5, 2], np.uint8)
+    np.savez(tmp_path / "a.npz", images=random_pixels(4, 4, 4), sample_id=ids, labels=labels)
+    assert_labels(data.arrays(str(tmp_path / "a.npz"), 4, 1), [2, 0, 5, 2], 6)
+    np.savez(tmp_path / "b.npz", images=random_pixels(4, 4, 4))
+    assert data.arrays(str(tmp_path / "b.npz"), 4, 1).labels is None
+
+
+BAD_LABELS = {
+    "floats": [0.0, 1.0, 2.0],
+    "negative": [0, -1, 2],
+    "ids": [0, 1, 10**9],
+    "truth": [True, False, True],
+    "two axes": [[0], [1], [2]],
+    "too few": [0, 1],
+    "words": ["a", "b", "c"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_arrays_refuse_labels_they_cannot_use_once_they_are_asked_for(tmp_path: Path, name: str) -> None:
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 4, 4), labels=np.array(BAD_LABELS[name]))
+    source = data.arrays(str(tmp_path / "a.npz"), 4, 1)
+    assert len(source.take(source.sample_id)) == 3
+    assert source.labels is not None
+    with pytest.raises(ConfigError, match="whole number"):
+        source.labels(source.sample_id)
+
+
+def test_image_folder_takes_the_subfolders_for_classes(tmp_path: Path) -> None:
+    for name in ("cat/b.png", "ant/z/a.png", "cat/a.png", "bee/c.png", "ant/q.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random_pixels(4, 4, 3)).save(tmp_path / name)
+    source = data.image_folder(str(tmp_path), 4)
+    assert_labels(source, [0, 0, 1, 2, 2], 3)
+    Image.fromarray(random_pixels(4, 4, 3)).save(tmp_path / "loose.png")
+    source = data.image_folder(str(tmp_path), 4)
+    assert len(source.take(source.sample_id)) == 6
+    assert source.labels is not None
+    with pytest.raises(ConfigError, match=r"gives 1 images no class, loose.png first"):
+        source.labels(source.sample_id)
+
+
+def test_hub_reads_a_column_of_classes(hub_folder: Path) -> None:
+    assert data.hub(str(hub_folder), 6, 3, image_column="img").labels is None
+    source = data.hub(str(hub_folder), 6, 3, image_column="img", label_column="label")
+    assert_labels(source, [0, 1, 2, 3, 4, 0, 1, 2, 3], 5)
+    with pytest.raises(ConfigError, match=r"label_column=fine_label: must be a column of .*: img, grey, mixed, label"):
+        data.hub(str(hub_folder), 6, 3, image_column="img", label_column="fine_label")
+    images = data.hub(str(hub_folder), 6, 3, image_column="img", label_column="grey")
+    assert images.labels is not None
+    with pytest.raises(ConfigError, match=r"^label_column=grey: .*whole number"):
+        images.labels(images.sample_id)
+
+
+def test_hub_knows_of_classes_that_no_image_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "bee", "cat", "dog"]))
+    for name, labels in (("whole", [2, 0]), ("lacking", [2, -1])):
+        columns = {"image": [Image.fromarray(random_pixels(4, 4))] * 2, "label": labels}
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name / "train.parquet")
+    assert_labels(data.hub(str(tmp_path / "whole"), 4, 1, label_column="label"), [2, 0], 4)
+    lacking = data.hub(str(tmp_path / "lacking"), 4, 1, label_column="label")
+    assert lacking.labels is not None
+    with pytest.raises(ConfigError, match="from 0 to 3"):  # -1 stands for no label in that format
+        lacking.labels(lacking.sample_id)
+
+
 # --- Images and their fingerprint
 
 
@@ -339,6 +427,22 @@ def test_fingerprint_does_not_see_memory_layout() -> None:
     assert not strided.flags.c_contiguous
     assert Images(strided, ids[::2]).fingerprint == Images(pixels, ids[::2].copy()).fingerprint
     assert Images(strided, ids[:4]).hashes() == Images(pixels, ids[:4]).hashes()
+
+
+def test_labels_stay_with_their_images_and_out_of_the_fingerprint() -> None:
+    labels = np.array([2, 0, 1, 1])
+    plain = Images(random_pixels(4, 1, 2, 2), np.arange(4))
+    images = Images(plain.pixels, plain.sample_id, labels)
+    assert images.fingerprint == plain.fingerprint
+    assert (plain.label_fingerprint, plain.where(slice(1, 3)).labels) == (None, None)
+    for at in (np.array([True, False, True, True]), slice(1, 3)):
+        chosen = images.where(at)
+        assert chosen.labels is not None
+        assert chosen.labels.tolist() == [labels[i] for i in chosen.sample_id]
+        np.testing.assert_array_equal(chosen.pixels, plain.pixels[chosen.sample_id])
+    others = [Images(plain.pixels, plain.sample_id, other).label_fingerprint for other in (labels, labels[::-1], labels + 1)]
+    assert len(set(others)) == 3
+    assert Images(plain.pixels, plain.sample_id, labels.astype(np.int32)).label_fingerprint == others[0]
 
 
 def test_where_keeps_pixels_and_ids_together() -> None:

@@ -28,6 +28,19 @@ def attention_net() -> nn.Module:
     ).eval()
 
 
+class Classes(nn.Module):
+    """A conditional UNet, each image's class following from its noise level, so that the rows of a sample have several."""
+
+    def __init__(self, embedding: nn.Embedding | None = None) -> None:
+        super().__init__()
+        self.unet = random_net(0, n_classes=4)
+        if embedding is not None:
+            self.unet.class_embedding = embedding
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.unet(x, t, t % 2).sample
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +73,8 @@ class Tokens(nn.Module):
 NETS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "unet": (lambda: random_net(0), True),
     "attention": (attention_net, True),
+    "classes": (Classes, True),
+    "classes, one unlearned": (lambda: Classes(nn.Embedding(5, 64, padding_idx=1)), False),
     "strided": (lambda: Tokens(nn.Conv2d(3, 3, 3, stride=2, padding=1)), True),
     "dilated": (lambda: Tokens(nn.Conv2d(3, 3, (3, 2), padding=(2, 1), dilation=2, bias=False)), True),
     "parametrised": (lambda: Tokens(Scale()), False),

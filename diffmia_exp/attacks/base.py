@@ -24,7 +24,10 @@ class Lab(Protocol):
         """Images that are known to be in no model's pool (`split.public` of them)."""
 
     def train(self, pixels: Pixels) -> Diffusion:
-        """A model that the adversary trains itself, on uint8 images [n, C, H, W], by the recipe it believes in; kept in the store."""
+        """A model that the adversary trains itself, on uint8 images [n, C, H, W], by the recipe it believes in; kept in the store.
+
+        If the target is conditional the images are taken for its generated ones, in their order, and so is this model.
+        """
 
 
 class Attack(ABC):

@@ -34,7 +34,7 @@ def identity(run: Run) -> Plain:
     attack = run.group("attack")
     chosen = attack.get("select") == "shadow"
     return {
-        "threat_model": {"shadow_defense": True} | run.group("threat_model"),
+        "threat_model": run.group("threat_model"),
         "attack": _seedless({k: v for k, v in attack.items() if k not in ("select", "rehearsals", "grid") or chosen}, run.seed),
         "shadow_trainings": run.metrics.get("shadow_trainings", 0),
         "weights": run.metrics.get("weights"),

@@ -50,7 +50,7 @@ class Lab:
             np.testing.assert_allclose(score.numpy(), expected, rtol=tolerance, atol=0)
 
 
-def random_net(seed: int, channels: tuple[int, ...] = (16, 32)) -> UNet2DModel:
+def random_net(seed: int, channels: tuple[int, ...] = (16, 32), n_classes: int | None = None) -> UNet2DModel:
     torch.manual_seed(seed)
     blocks = len(channels)
     net = UNet2DModel(
@@ -63,6 +63,7 @@ def random_net(seed: int, channels: tuple[int, ...] = (16, 32)) -> UNet2DModel:
         up_block_types=("UpBlock2D",) * blocks,
         norm_num_groups=8,
         add_attention=False,
+        num_class_embeds=None if n_classes is None else n_classes + 1,
     )
     return net.eval()
 
