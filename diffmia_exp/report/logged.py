@@ -24,8 +24,8 @@ from diffmia_exp.tracking.tables import LOW_FPR, Table
 VERDICT = ("threat_model", "of", "said", "sound")
 CONTROL = ("sound", "auc", "p_value", "called_members", "at_fpr", "what")
 EPSILON = ("bound", "epsilon", "delta", "confidence", "guesses", "valid")
-UTILITY = ("learned", "kid", "kid_se", "fid", "precision", "recall", "loss_members", "loss_heldout", "loss_linear", "heldout")
-UTILITY += ("features", "n_generated", "n_reference")
+LOSSES = ("loss_members", "loss_heldout", "loss_linear", "heldout")
+UTILITY = ("learned", "kid", "kid_se", "fid", "precision", "recall", *LOSSES, "features", "n_generated", "n_reference")
 RUN = ("auc", "run_key", "train_key")
 """Columns that are called as in the sections and the metrics."""
 
