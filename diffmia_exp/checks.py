@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffmia_exp import ranks, runs
-from diffmia_exp.errors import ConfigError, UserError
+from diffmia_exp.errors import ConfigError, UserError, whole
 from diffmia_exp.threat_models import enough, level_of
 
 if TYPE_CHECKING:
@@ -110,3 +110,21 @@ def shadows(e: Experiment) -> None:
     if attack.needs_inside and not (keep.any(0) & ~keep.all(0)).any():
         must = f"leaves no audited image that some shadows are trained on and some are not; attack={name} needs them, so use same"
         raise ConfigError("split.shadow_pool", split["shadow_pool"], must)
+
+
+def utility(e: Experiment) -> None:
+    """Refuse a utility that cannot be measured: more steps than the schedule has, too few real images, images that do not fit."""
+    if (u := e.utility) is None:
+        return
+    T = len(e.alphas_cumprod)
+    whole("utility.steps", u.steps, most=T)
+    whole("utility.timesteps", u.timesteps, most=T)
+    if u.heldout == "public" and not e.split.public.any():
+        raise ConfigError("split.public", 0, "must be at least 1: utility.heldout=public needs public images")
+    if (there := int(e.unseen.sum())) < u.least:
+        must = f"needs {u.least} real images that the target is not trained on; there are {there}, held out or public: take more"
+        raise ConfigError("utility.k", u.k, must)
+    try:
+        u.features.check(e.images.pixels.shape[1:])
+    except ConfigError as error:
+        raise error.under("utility") from None

@@ -25,6 +25,7 @@ GROUPS = (
     "threat_model",
     "attack",
     "evaluation",
+    "utility",
     "tracking",
     "cluster",
 )
@@ -32,6 +33,9 @@ GROUPS = (
 
 SETTINGS = ("seed", "stage", "model_index", "part", "weights", "snapshot", "checkpoint", "on_incompatible", "name", "output_dir")
 """What a config holds beside them."""
+
+NO_UTILITY: dict[str, Any] = {"name": "none"}
+"""conf/utility/none.yaml: a group that a checked config only has where it asks for something, so that all others stay as they were."""
 
 STAGES = ("all", "train", "attack", "report")
 
@@ -87,6 +91,8 @@ def checked(cfg: Mapping[str, Any]) -> Plain:
         ConfigError: see `plain`; or for a key that is unknown or missing, a setting out of range, a `_target_` not allowed.
     """
     config = plain(cfg)
+    if config.get("utility") in (None, NO_UTILITY):
+        config.pop("utility", None)
     known = (*GROUPS, *SETTINGS)
     for key in config:
         if key in ("experiment", "debug", "local"):
@@ -94,14 +100,14 @@ def checked(cfg: Mapping[str, Any]) -> Plain:
         if key not in known:
             raise ConfigError(key, config[key], f"no such key{near(key, known)}; leave it out")
     for key in known:
-        if key not in config:
+        if key not in config and key != "utility":
             raise ConfigError(key, None, "is missing; do not delete it")
     whole("seed", config["seed"], least=0)
     choice("stage", config["stage"], STAGES)
     choice("weights", config["weights"], ("ema", "raw"))
     if config["on_incompatible"] is not None:
         choice("on_incompatible", config["on_incompatible"], ("error", "skip"))
-    for group in GROUPS:
+    for group in (group for group in GROUPS if group in config):
         if not isinstance(config[group], dict):
             raise ConfigError(group, config[group], f"must be one of the files in conf/{group}")
         list(_targets(group, config[group]))

@@ -27,6 +27,7 @@ from diffmia_exp.split import MemberSplit
 from diffmia_exp.store import Store, digest, sha256
 from diffmia_exp.threat_models import ThreatModel
 from diffmia_exp.tracking import Wandb
+from diffmia_exp.utility import Utility
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Experiment:
         self.stores = {kind: Store(self.output_dir, kind) for kind in ("models", "samples", "signals", "scores", "controls")}
         self.tracking: Wandb = build("tracking", config["tracking"] | ({"group": sweep} if not config["tracking"].get("group") else {}))
         self.evaluation: Evaluation = build("evaluation", config["evaluation"])
+        self.utility: Utility | None = build("utility", config["utility"], Utility) if "utility" in config else None
         self.threat_model: ThreatModel = build("threat_model", config["threat_model"])
         self.candidates = selection.candidates(config["attack"])
         self.prediction = config["diffusion"].get("prediction", "epsilon")
@@ -99,6 +101,7 @@ class Experiment:
             self.attack.check(self.images.pixels.shape[1:])
         except ConfigError as e:
             raise e.under("attack") from None
+        checks.utility(self)
         if self.shadows and self.group("model") != self.group("model", shadow=True):
             self.net(self.shadows[0])
         counts = self.keep.sum(), (self.audited & ~self.keep).sum()
@@ -141,6 +144,11 @@ class Experiment:
     def held_out(self) -> int:
         """A row past those: the target's network trained as the target is, on the other images of its pool."""
         return self.split.n_models + 2
+
+    @property
+    def unseen(self) -> NDArray[np.bool_]:
+        """The images that generated ones are compared with, bool [n]: the rest of the target's pool, and the public images."""
+        return self.members(self.held_out) | self.split.public
 
     def role(self, index: int) -> str:
         """What model `index` is in this cell."""
@@ -255,6 +263,17 @@ class Experiment:
             "fprs": list(self.evaluation.fprs) if self.shadows else None,
         }
 
+    def utility_spec(self) -> Plain:
+        """Everything that the target's utility depends on."""
+        return {
+            "utility": self.attacked(self.target_index),
+            "settings": selection.by_content(_nameless(self.config["utility"])),
+            "members": self.images.where(self.keep).fingerprint,
+            "held_out": self.images.where(self.members(self.held_out)).fingerprint,
+            "public": self.images.where(self.split.public).fingerprint,
+            "precision": self.evaluation.precision,
+        }
+
     def comparable(self) -> Plain:
         """What must agree where runs are averaged (`split`, `data_fingerprint`) or compared image by image (`audited_fingerprint`)."""
         split = {k: v for k, v in _nameless(self.config["split"]).items() if k not in ("n_models", "target_index", "path")}
@@ -274,6 +293,8 @@ class Experiment:
     def run_key(self) -> str:
         """Everything that the run folder depends on."""
         view = {k: self.config[k] for k in ("threat_model", "evaluation", "name")}
+        if self.utility is not None:
+            view["utility"] = self.stores["controls"].key(self.utility_spec())
         return digest({"scores": self.stores["scores"].key(self.scores_spec()), "duplicates": self.duplicates, **view})
 
     def net(self, index: int, seed: int | None = None) -> torch.nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 # Never renumber: the numbers are part of every stored result.
 PURPOSES = {"pool": 1, "split": 2, "init": 3, "order": 4, "step": 5, "score": 6, "sample": 7, "vary": 8, "public": 9, "surrogate": 10}
-PURPOSES |= {"augment": 11, "labels": 12, "private": 13, "halves": 14, "answer": 15, "copies": 16}
+PURPOSES |= {"augment": 11, "labels": 12, "private": 13, "halves": 14, "answer": 15, "copies": 16, "utility": 17}
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -201,6 +201,7 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
         | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
         | controls.run(workshop, table, chosen)
         | {"memorisation": json.loads((memorisation / "memorisation.json").read_text())}
+        | ({} if experiment.utility is None else {"utility": workshop.utility()})
         | facts["cost"]
         | {
             "weights": experiment.weights,
@@ -220,6 +221,8 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
     )
     (folder / "metrics.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     log.info("AUC %.4f, 95%% interval [%.4f, %.4f]", result["auc"], *result["auc_ci"])
+    if not result.get("utility", {}).get("learned", True):
+        log.warning("utility: the model has not learned: its loss is not clearly below that of a linear denoiser")
     return result
 
 

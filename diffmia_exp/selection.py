@@ -79,13 +79,19 @@ def _built(config: Plain, group: str) -> tuple[Attack, Plain, Plain]:
 
 def _depends(attack: Attack, arguments: Plain, host_scores: Plain, host_measures: Plain) -> tuple[Plain, Plain]:
     """What an attack's scores depend on, and what its signals do: those of a host's that it relays, or of the host's scores."""
-    features = arguments.get("features")
-    if isinstance(features, dict) and features.get("weights"):  # what the file holds, not what it is called
-        arguments = arguments | {"features": features | {"weights": sha256(Path(features["weights"]).expanduser())}}
+    arguments = by_content(arguments)
     host = {"host": host_scores} if host_scores else {}
     if getattr(attack, "relays", False):
         return arguments | host, host_measures
     return arguments | host, {k: v for k, v in arguments.items() if k not in attack.judging} | host
+
+
+def by_content(arguments: Plain) -> Plain:
+    """Arguments in which the file of its features' weights is known by what it holds, not by what it is called."""
+    features = arguments.get("features")
+    if not isinstance(features, dict) or not features.get("weights"):
+        return arguments
+    return arguments | {"features": features | {"weights": sha256(Path(features["weights"]).expanduser())}}
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,22 @@ def _board(console: Console, lines: Sequence[Line]) -> None:
     console.print(table)
     if len(lines) > MOST:
         _say(console, f"and {len(lines) - MOST} more cells, down to an AUC of {lines[-1].result['auc']:.3f}")
+    for sentence in _utilities([line.result for line in lines]):
+        _say(console, sentence)
+
+
+def _utilities(results: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for the utility of each target where it was measured, at most MOST."""
+    of = {_utility(r["utility"]): "{dataset}, seed {seed}, row {target_index}".format(**r) for r in results if "utility" in r}
+    named = [f"utility ({target}): {said}" if len(of) > 1 else f"utility: {said}" for said, target in of.items()]
+    return named[:MOST] + ([f"and the utility of {len(named) - MOST} more targets"] if len(named) > MOST else [])
+
+
+def _utility(u: dict[str, Any]) -> str:
+    images = f"KID {u['kid']:.3g} ± {u['kid_se']:.1g}, FID {u['fid']:.3g}, precision {u['precision']:.2f}, recall {u['recall']:.2f}"
+    loss = f"loss {u['loss_members']:.3g} members, {u['loss_heldout']:.3g} {u['heldout']}, {u['loss_linear']:.3g} linear"
+    made = f"{u['features']}, {u['n_generated']} generated, {u['n_reference']} real"
+    return f"{'' if u['learned'] else 'NOT LEARNED; '}{images}; {loss} ({made})"
 
 
 def _interval(value: float, ci: list[float]) -> str:

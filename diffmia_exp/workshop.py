@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffmia_exp import memorisation, runs, selection
+from diffmia_exp import memorisation, runs, selection, utility
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
 from diffmia_exp.diffusion import Diffusion
@@ -284,6 +284,23 @@ class Workshop:
             np.savez(folder / "near_copies.npz", allow_pickle=False, **pairs)
 
         return e.stores["controls"].get_or_make(spec, make)
+
+    def utility(self) -> Plain:
+        """What is said of the target's utility (`utility.measure`), measured once."""
+        e = self.experiment
+        assert e.utility is not None
+        how = e.utility
+
+        def make(folder: Path) -> None:
+            generated = self.samples(e.target_index, how.n_samples, how.steps, how.seed)
+            held_out = e.members(e.held_out) if how.heldout == "nonmembers" else e.split.public
+            reference, members, others = (e.images.where(mask) for mask in (e.unseen, e.keep, held_out))
+            diffusion = self.model(e.target_index)[0]
+            facts = utility.measure(how, diffusion, generated, reference, members, others, e.evaluation, folder)
+            (folder / "utility.json").write_text(json.dumps(facts, allow_nan=False))
+
+        facts: Plain = json.loads((e.stores["controls"].get_or_make(e.utility_spec(), make) / "utility.json").read_text())
+        return facts
 
     def scores(self) -> Path:
         """The store entry of the target's scores, and how settings and thresholds were chosen."""

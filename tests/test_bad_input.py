@@ -193,6 +193,41 @@ BEFORE_TRAINING: Mistakes = {
         [("attack.plugin.host=Trajectory", "has no error map that could be filtered; wrap loss")],
     ),
     "host that is judged itself": ("attack=lira attack@attack.host=gsa1", [("attack.host=GSA1", "must be an attack on a single model")]),
+    "utility": (
+        f"-m {ARRAYS} split=exact split.n_members=5 split.n_nonmembers=3 utility=pixels utility.n_samples=3,4 utility.steps=50,1001",
+        [
+            ("utility.n_samples=3", "must be at least 4, more than the k=3 neighbours"),
+            ("utility.n_samples=3", "must be at least 4"),
+            ("utility.k=3", "needs 4 real images that the target is not trained on; there are 3"),
+            ("utility.steps=1001", "must be a whole number of at most 1000"),
+        ],
+    ),
+    "utility of a loss on nothing": (
+        "-m utility=pixels utility.heldout=public,members utility.timesteps=1001,5",
+        [
+            ("utility.timesteps=1001", "of at most 1000"),
+            ("split.public=0", "must be at least 1: utility.heldout=public needs public images"),
+            ("utility.heldout=members", "must be one of nonmembers, public"),
+            ("utility.heldout=members", "must be one of nonmembers, public"),
+        ],
+    ),
+    "utility in features that there are not": (
+        "-m utility=pixels utility.features._target_=diffmia_exp.features.Inception,torch.nn.Identity",
+        [
+            ("utility.features._target_=diffmia_exp.features.Inception", "no such class or function"),
+            ("utility.features=Identity()", "must be {_target_: diffmia_exp.features.Pixels}"),
+        ],
+    ),
+    "utility in features that the images do not have": (
+        "-m utility=pixels utility.features._target_=diffmia_exp.features.Network "
+        "+utility.features.net={{_target_:torch.nn.Linear,in_features:9,out_features:2}} "
+        "+utility.features.weights={files}/no.safetensors,null",
+        [("utility.features.weights={files}/no.safetensors", "no such file"), ("utility.features.net=Linear", "1x8x8")],
+    ),
+    "size of an ImageNet network's images": (
+        "utility=imagenet utility.features.size=8",
+        [("utility.features.size=8", "must be a whole number from 32 to 1024")],
+    ),
     "feature extractors": (
         "-m attack=knn threat_model=samples_only attack.features._target_=diffmia_exp.features.Network "
         "+attack.features.net={{_target_:torch.nn.Linear,in_features:9,out_features:2}} "

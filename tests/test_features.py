@@ -9,7 +9,7 @@ from torch import nn
 
 from diffmia_exp.config import build
 from diffmia_exp.errors import ConfigError
-from diffmia_exp.features import Network, Pixels, chosen
+from diffmia_exp.features import EfficientNetLite0, Network, Pixels, chosen
 
 
 def net() -> nn.Module:
@@ -83,3 +83,51 @@ def test_a_config_names_net_and_weights(tmp_path: Path) -> None:
     config["features"]["weights"] = str(tmp_path / "none")  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"attack\.features\.weights=.*no such file"):
         build("attack", config)
+
+
+@pytest.fixture(scope="module")
+def imagenet() -> EfficientNetLite0:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    return EfficientNetLite0(64)
+
+
+@pytest.mark.usefixtures("imagenet")
+def test_the_imagenet_network_knows_a_flower() -> None:
+    """Weights, scaling and channels are right: the features of a photograph, through the network's own last layer, name it."""
+    from sklearn.datasets import load_sample_image
+
+    photograph = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None, :, :, 106:533].double() / 127.5 - 1
+    large = EfficientNetLite0(224)
+    top = large._loaded()._fc(large(photograph).float())[0].topk(5).indices  # type: ignore[operator]
+    assert 985 in top, "daisy"
+
+
+def test_imagenet_features_are_those_of_the_network_on_scaled_images(imagenet: EfficientNetLite0) -> None:
+    x = torch.rand(3, 1, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1  # of its size: not resized
+    p = (x + 1) / 2 * 255
+    with torch.no_grad():
+        maps = imagenet._loaded().extract_features(((p - 127) / 128).float().expand(-1, 3, -1, -1))
+    out = imagenet(x)
+    assert (out.shape, out.dtype) == ((3, 1280), torch.float64)
+    torch.testing.assert_close(out, maps.double().mean((2, 3)), rtol=1e-4, atol=1e-4)
+    assert out.std(0).max() > 0.1, "images differ in them"
+
+
+def test_imagenet_features_depend_on_the_image_alone(imagenet: EfficientNetLite0) -> None:
+    x = torch.rand(19, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    out, state = imagenet(x), torch.get_rng_state()
+    torch.testing.assert_close(imagenet(x[13:18]), out[13:18], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(imagenet(x.flip(0)).flip(0), out, rtol=1e-6, atol=1e-6)
+    grey = x[:2, :1]
+    torch.testing.assert_close(imagenet(grey), imagenet(grey.expand(-1, 3, -1, -1)), rtol=0, atol=0)
+    EfficientNetLite0(32)._loaded()
+    assert torch.equal(torch.get_rng_state(), state), "loading draws nothing"
+
+
+def test_what_the_imagenet_network_cannot_do_is_told_in_one_line(imagenet: EfficientNetLite0, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="cannot take images of shape 2x8x8; it takes 1 or 3 channels"):
+        imagenet.check((2, 8, 8))
+    monkeypatch.setattr("diffmia_exp.features.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs efficientnet_lite_pytorch; install it with pip install -e '\.\[utility\]'") as e:
+        build("utility", {"_target_": "diffmia_exp.utility.Utility", "features": {"_target_": "diffmia_exp.features.EfficientNetLite0"}})
+    assert str(e.value).startswith("utility.features=EfficientNetLite0: ")

@@ -205,6 +205,7 @@ def test_purposes_keep_their_numbers() -> None:
         "vary": 8,
         "public": 9,
         "surrogate": 10,
+        "utility": 11,
     }
 
 

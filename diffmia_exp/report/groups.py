@@ -172,7 +172,7 @@ def _of_equal_data(runs: list[Run]) -> list[list[Run]]:
 def _rows(runs: list[Run], found: Collection) -> list[Row]:
     """One row per attack with its settings, threat model and attacked weights: by threat model, snapshots last, best first."""
     rows: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.seed, run.target_index, str(run.folder))):
+    for run in sorted(runs, key=lambda run: (run.seed, run.target_index, "utility" not in run.metrics, str(run.folder))):
         repetitions = rows.setdefault(digest(flat(identity(run))), [])
         if same := [other for other in repetitions if (other.target, other.images) == (run.target, run.images)]:
             found.note("counted once", run.folder, f"the same attack on the same model as {same[0].folder}")

@@ -24,6 +24,8 @@ from diffmia_exp.tracking.tables import LOW_FPR, Table
 VERDICT = ("threat_model", "of", "said", "sound")
 CONTROL = ("sound", "auc", "p_value", "called_members", "at_fpr", "what")
 EPSILON = ("bound", "epsilon", "delta", "confidence", "guesses", "valid")
+LOSSES = ("loss_members", "loss_heldout", "loss_linear", "heldout")
+UTILITY = ("learned", "kid", "kid_se", "fid", "precision", "recall", *LOSSES, "features", "n_generated", "n_reference")
 RUN = ("auc", "run_key", "train_key")
 """Columns that are called as in the sections and the metrics."""
 
@@ -109,6 +111,7 @@ def content(found: Collection, sections: Sequence[Plain]) -> dict[str, Table]:
         "set_level": ("group", "threat_model", "attacks", "members", "nonmembers", "p", "images_needed"),
         "exposed": ("group", "end", "sample_id", "exposure", "tables", "image"),
         "near_copies": ("group", "seed", "target_index", "generated", "training", "sample_id", "ratio"),
+        "utility": ("group", "seed", "target_index", "snapshot", *UTILITY),
         "roc_points": ("group", "attack", "threat_model", "fpr", "tpr", "low", "high"),
         "settings": ("group", "setting", "value"),
         "runs": ("group", "folder", "attack", "threat_model", "seed", "target_index", *RUN, "cell"),
@@ -150,6 +153,10 @@ def _rows(section: Plain) -> dict[str, list[list[Any]]]:
         "set_level": [[s.threat_model, s.attacks, s.members, s.nonmembers, s.p, s.needed] for s in section["cdi"]],
         "exposed": [[end, e.sample_id, e.exposure, e.tables, e.pixels] for end in ("most", "least") for e in section[end]],
         "near_copies": [[m["run"].seed, m["run"].target_index, *pair] for m in section["memorisation"] for pair in m["pairs"]],
+        "utility": [
+            [u["run"].seed, u["run"].target_index, u["run"].metrics.get("snapshot"), *(u["numbers"].get(key) for key in UTILITY)]
+            for u in section["utility"]
+        ],
         "roc_points": [
             [row.name, row.threat_model, *point]
             for row, c in curves

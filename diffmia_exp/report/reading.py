@@ -21,7 +21,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast whe
 NUMBERS = ("auc", "nfe_per_image", "seconds", "n_members", "n_nonmembers", "balanced_accuracy", "seed")
 NAMES = ("attack", "threat_model", "dataset", "name", "run_key", "train_key")
 SINCE = ("label", "snapshot", "weights", "selection", "shadow_trainings")  # what runs of older versions lack
-EVIDENCE = {"controls": dict, "epsilon": dict, "memorisation": dict, "unsound": list, "versions": dict, "tpr_at_fpr": dict}
+EVIDENCE = {"controls": dict, "epsilon": dict, "memorisation": dict, "utility": dict, "unsound": list, "versions": dict, "tpr_at_fpr": dict}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def of(group: Group, found: Collection) -> Plain:
         "pictured": any(e.pixels is not None for e in exposed[:SHOWN]),
         "measured": measured,
         "memorisation": _memorisation(group, found),
+        "utility": _utility(group),
         "common": {k: v for k, v in group.facts.items() if k not in ("versions", "format")},
         "versions": group.facts["versions"],
     }
@@ -107,6 +108,16 @@ def _memorisation(group: Group, found: Collection) -> list[Plain]:
                 continue
             pairs = pictures.near_copies(run, found)[:SHOWN]
             seen[run.target] = {"run": run, "numbers": run.metrics["memorisation"], "pairs": pairs}
+    return list(seen.values())
+
+
+def _utility(group: Group) -> list[Plain]:
+    """The utility of each target, in each feature space in which it was measured."""
+    seen: dict[object, Plain] = {}
+    for row in group.rows:
+        for run in row.runs:
+            if numbers := run.metrics.get("utility"):
+                seen.setdefault((run.target, str(run.config.get("utility"))), {"run": run, "numbers": numbers})
     return list(seen.values())
 
 

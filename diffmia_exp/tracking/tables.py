@@ -133,6 +133,7 @@ def numbers(result: Plain) -> dict[str, float | bool]:
     found |= {f"test/tpr_at_fpr_{fpr}": at["tpr"] for fpr, at in result["tpr_at_fpr"].items() if at["resolvable"]}
     found |= {f"cost/{key}": result.get(key) for key in ("shadow_trainings", "train_seconds", "parameters", "epochs")}
     found |= {f"memorisation/{key}": value for key, value in (result.get("memorisation") or {}).items()}
+    found |= {f"utility/{key}": value for key, value in (result.get("utility") or {}).items()}
     for bound, content in (result.get("epsilon") or {}).items():
         found |= {f"epsilon/{bound}": content.get("epsilon"), f"epsilon/{bound}_valid": content.get("valid")}
     return {key: value for key, value in found.items() if isinstance(value, int | float)}
