@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from diffmia_exp import grid
+from diffmia_exp import grid, intervals
 from diffmia_exp.config import Plain
 from diffmia_exp.errors import UserError
 from diffmia_exp.report.drawing import DASHES, MUTED, SERIES, Figure, interval, sheet, three
@@ -25,6 +25,9 @@ from diffmia_exp.report.groups import Estimate, estimate
 from diffmia_exp.report.reading import NotDone, Run, read
 
 PREFIX = "study_"
+MEASURES = {"kid": "KID", "loss_heldout": "loss on held-out images"}
+"""Measures of utility that a front is drawn of, less being better."""
+
 REPEATED = ("attack", "attack/plugin", "threat_model", "split.target_index", "seed", "experiment")
 """What a grid may sweep beside its factor."""
 
@@ -60,6 +63,19 @@ class Level:
     def auc(self) -> Estimate:
         """Mean AUC over targets with its 95% interval (Student's t), that of the one run where there is one only."""
         return estimate(self.aucs, self.runs[0].metrics["auc_ci"])
+
+    def utility(self, key: str) -> Estimate | None:
+        """Mean of a measure of utility over targets with its 95% interval; None where it was not measured, or of one target only."""
+        values = [run.metrics["utility"][key] for run in self.runs if "utility" in run.metrics]
+        if len(values) < max(2, len(self.runs)):
+            return None
+        mean, (low, high) = intervals.mean_interval(values)
+        return mean, low, high
+
+    @property
+    def learned(self) -> bool:
+        """Whether every model has learned, as far as that is known."""
+        return all(run.metrics.get("utility", {}).get("learned", True) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -200,17 +216,81 @@ def figure(factor: Factor) -> Figure:
     return Figure(factor.name, f"AUC along {factor.key}", caption, alt + ".", sheet(values, 260, layers, {}), columns, rows)
 
 
+def figures(factor: Factor) -> list[Figure]:
+    """Every figure that a factor's runs give reason to draw."""
+    fronts = [] if factor.numeric else [front(factor, measure) for measure in MEASURES]
+    return [figure(factor), *(drawn for drawn in fronts if drawn)]
+
+
+def front(factor: Factor, measure: str = "kid") -> Figure | None:
+    """What every value of a factor betrays against what its models are worth; None where utility was not measured.
+
+    A value lies at the mean AUC of the attack that is strongest on average, so that a defence is not praised for failing one attack.
+    """
+    strongest: dict[str, tuple[str, Level]] = {}
+    for attack, levels in factor.attacks.items():
+        for level in levels:
+            if level.value not in strongest or level.auc[0] > strongest[level.value][1].auc[0]:
+                strongest[level.value] = attack, level
+    values: list[Plain] = []
+    rows = []
+    for attack, level in strongest.values():
+        if (worth := level.utility(measure)) is None:
+            return None
+        name = level.text + ("" if level.learned else " (not learned)")
+        values.append(
+            {
+                "name": name,
+                "x": worth[0],
+                "left": worth[1],
+                "right": worth[2],
+                "auc": level.auc[0],
+                "low": level.auc[1],
+                "high": level.auc[2],
+            }
+            | {"tip": f"{name}: AUC {interval(level.auc)} by {attack}; {measure} {worth[0]:.3g}", "learned": level.learned}
+        )
+        rows.append([name, attack, *map(three, level.auc), *(f"{v:.4g}" for v in worth)])
+    x: Plain = {
+        "field": "x",
+        "type": "quantitative",
+        "title": f"{MEASURES[measure]}",
+        "scale": {"zero": False, "nice": True, "padding": 12},
+    }
+    y: Plain = {"field": "auc", "type": "quantitative", "title": "AUC of the strongest attack", "scale": {"zero": False, "nice": True}}
+    shape = {"field": "learned", "type": "nominal", "legend": None, "scale": {"domain": [True, False], "range": ["circle", "cross"]}}
+    bar = {"type": "rule", "strokeWidth": 1.5, "color": SERIES[0], "opacity": 0.5}
+    layers: list[Plain] = [
+        {"mark": {"type": "rule", "color": MUTED, "strokeDash": [3, 3]}, "encoding": {"y": {"datum": 0.5, "type": "quantitative"}}},
+        {"mark": dict(bar), "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}},
+        {"mark": dict(bar), "encoding": {"x": x | {"field": "left"}, "x2": {"field": "right"}, "y": y}},
+        {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1, "color": SERIES[0]}}
+        | {"encoding": {"x": x, "y": y, "shape": shape, "description": {"field": "tip"}}},
+        {"mark": {"type": "text", "align": "left", "dx": 6, "dy": -6}, "encoding": {"x": x, "y": y, "text": {"field": "name"}}},
+    ]
+    alt = f"AUC of the strongest attack against {MEASURES[measure]}; " + "; ".join(v["tip"] for v in values)
+    caption = "Lower left is better. Means over targets with 95% intervals; a cross marks models that have not learned."
+    columns = (factor.key, "strongest attack", "AUC", "low", "high", measure, "low", "high")
+    key = f"{factor.name}-{measure}"
+    return Figure(key, f"AUC against {MEASURES[measure]}", caption, alt + ".", sheet(values, 300, layers, {}), columns, rows)
+
+
 def to_markdown(found: Sequence[Factor]) -> str:
     """Per factor the AUC at every value, and the differences."""
     parts = []
     for factor in found:
-        drawn = figure(factor)
-        parts.append(f"## {factor.name} (`{factor.key}`)\n\n![{drawn.alt}](figures/{factor.name}.png)\n")
+        parts.append(f"## {factor.name} (`{factor.key}`)\n")
+        parts += [f"![{drawn.alt}](figures/{drawn.key}.png)\n" for drawn in figures(factor)]
         values = list(dict.fromkeys(level.text for levels in factor.attacks.values() for level in levels))
         parts.append(f"| attack | {' | '.join(values)} |\n|{'---|' * (len(values) + 1)}")
         for attack, levels in factor.attacks.items():
             at = {level.text: interval(level.auc) for level in levels}
             parts.append(f"| {attack} | {' | '.join(at.get(value, '') for value in values)} |")
+        for measure, called in MEASURES.items():
+            worth = {level.text: level.utility(measure) for levels in factor.attacks.values() for level in levels}
+            if any(worth.values()):
+                told = ["" if (w := worth.get(value)) is None else f"{w[0]:.3g} [{w[1]:.3g}, {w[2]:.3g}]" for value in values]
+                parts.append(f"| *{called}* | {' | '.join(told)} |")
         parts.append("")
         for e in effects(factor):
             how = "the same targets" if e.paired else "Welch"
@@ -224,11 +304,14 @@ def to_csv(found: Sequence[Factor]) -> str:
     """A line for each factor, attack and value."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("factor", "key", "attack", "value", "targets", "auc", "auc_low", "auc_high"))
+    worth = [f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")]
+    writer.writerow(("factor", "key", "attack", "value", "targets", "auc", "auc_low", "auc_high", *worth, "learned"))
     for factor in found:
         for attack, levels in factor.attacks.items():
             for level in levels:
-                writer.writerow((factor.name, factor.key, attack, level.text, len(level.runs), *(f"{v:.4f}" for v in level.auc)))
+                known = [f"{v:.6g}" for measure in MEASURES for v in level.utility(measure) or (np.nan,) * 3]
+                aucs = [f"{v:.4f}" for v in level.auc]
+                writer.writerow((factor.name, factor.key, attack, level.text, len(level.runs), *aucs, *known, level.learned))
     return out.getvalue()
 
 
@@ -242,8 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         found = factors(given.outputs)
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        for factor in found:
-            (out / "figures" / f"{factor.name}.png").write_bytes(figure(factor).png())
+        for drawn in (drawn for factor in found for drawn in figures(factor)):
+            (out / "figures" / f"{drawn.key}.png").write_bytes(drawn.png())
         (out / "study.md").write_text(to_markdown(found))
         (out / "study.csv").write_text(to_csv(found))
     except UserError as e:

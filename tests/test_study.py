@@ -109,6 +109,32 @@ def test_it_writes_a_figure_a_table_and_a_line_for_every_value(tmp_path: Path, c
         assert (tmp_path / "out" / "figures" / f"{factor.name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_front_shows_the_strongest_attack_against_what_the_models_are_worth(tmp_path: Path) -> None:
+    worth = {"kid": 0.5, "loss_heldout": 0.2, "learned": True}
+    swept_grid(tmp_path, "study_defense", "defense", {"none": 2.0}, utility=worth)
+    folder = tmp_path / "sweeps" / "study_defense-2026-01-02_03-04-05-678901"
+    cells = grid.planned(folder)["cells"]
+    for attack, effect in (("pia", 0.1), ("loss", 0.9)):
+        for target in range(3):
+            cell = building.config(attack, target_index=target)
+            where = building.write(
+                tmp_path / "runs", cell, effect, files=False, utility=worth | {"kid": 1 + 0.1 * target, "learned": False}
+            )
+            cells.append(["defense=flip", f"attack={attack}", "threat_model=gray_box", f"split.target_index={target}"])
+            grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
+    grid.plan(folder, cells, [], [])
+    (factor,) = study.factors(tmp_path)
+    drawn = study.front(factor)
+    assert drawn is not None
+    flip = next(row for row in drawn.rows if row[0].startswith("flip"))
+    assert flip[:2] == ["flip (not learned)", "loss, gray_box"]
+    half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    assert [float(v) for v in flip[5:]] == pytest.approx([1.1, 1.1 - half, 1.1 + half], rel=1e-3)
+    assert [figure.key for figure in study.figures(factor)] == ["defense", "defense-kid", "defense-loss_heldout"]
+    assert "| *KID* | 0.5 [0.5, 0.5] | 1.1 [" in study.to_markdown([factor])
+    assert drawn.png()[:4] == b"\x89PNG"
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no finished grid"):
         study.factors(tmp_path)
