@@ -369,7 +369,7 @@ def test_a_checkpoint_is_attacked_as_the_model_that_it_came_from(tmp_path: Path)
 OTHERS = {
     "shadows": ["attack=lira", "split.n_models=3", "threat_model.shadow_training={steps: 2}"],
     "gradients": ["attack=gsa1", "threat_model=white_box", "attack.n_timesteps=2", "split.n_models=2"],
-    "surrogate": ["attack=surrogate", "threat_model=samples_only", "attack.n_samples=16", "attack.steps=2"],
+    "surrogate": ["attack=surrogate", "attack@attack.host=loss", "threat_model=samples_only", "attack.n_samples=16", "attack.steps=2"],
     "variations": ["attack=rediffuse", "threat_model=variation_api"],
     "samples": ["attack=knn", "threat_model=samples_only", "attack.n_samples=16", "attack.steps=2"],
     "controls": ["attack=loss", "evaluation.controls=[untrained,held_out,generated]"],
