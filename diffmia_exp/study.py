@@ -110,7 +110,7 @@ def factors(outputs: Path) -> list[Factor]:
         UserError: if there is none, or a grid sweeps more than one key.
     """
     sweeps: dict[str, list[Path]] = {}
-    for file in sorted(outputs.glob(f"sweeps/{PREFIX}*/cells.json")):
+    for file in sorted(outputs.glob(f"sweeps/*{PREFIX}*/cells.json")):
         sweeps.setdefault(file.parent.name.rsplit("-", 6)[0], []).append(file.parent)
     found = [factor for name, folders in sweeps.items() if (factor := _factor(name, folders, outputs)) is not None]
     if not found:
@@ -143,7 +143,7 @@ def _factor(name: str, folders: Sequence[Path], outputs: Path) -> Factor | None:
         attack = run.label if key == "threat_model" else f"{run.label}, {run.metrics['threat_model']}"
         attacks.setdefault(attack, {}).setdefault(value, []).append(run)
     order = [f"{key}={value}" for value in values[key]]
-    return Factor(name.removeprefix(PREFIX), key, {attack: _levels(at, order) for attack, at in attacks.items()})
+    return Factor(name.replace(PREFIX, "", 1), key, {attack: _levels(at, order) for attack, at in attacks.items()})
 
 
 def _levels(runs: dict[str, list[Run]], order: Sequence[str]) -> tuple[Level, ...]:

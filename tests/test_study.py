@@ -19,7 +19,7 @@ from diffmia_exp.experiment import Experiment
 from tests.composing import CONF, composed, names
 from tests.report import building
 
-PARTS = [name for name in names("experiment") if name.startswith("study")]
+PARTS = [name for name in names("experiment") if name.startswith("study")]  # those of Fashion-MNIST are in test_experiments.py
 
 
 def swept(name: str) -> dict[str, list[str]]:
