@@ -57,6 +57,10 @@ class Images:
         """The images selected by a boolean mask [n]."""
         return Images(self.pixels[mask], self.sample_id[mask])
 
+    def repeated(self, times: NDArray[np.int64]) -> Images:
+        """Each image as often as `times` [n] says."""
+        return Images(np.repeat(self.pixels, times, 0), np.repeat(self.sample_id, times))
+
     @property
     def fingerprint(self) -> str:
         """Hash of shape, ids and every pixel; 16 hex digits."""
