@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,12 @@ import numpy as np
 
 from diffmia_exp import ranks, runs
 from diffmia_exp.errors import ConfigError, UserError, whole
-from diffmia_exp.threat_models import enough, level_of
+from diffmia_exp.threat_models import GrayBox, enough, level_of
 
 if TYPE_CHECKING:
     from diffmia_exp.experiment import Experiment
+
+log = logging.getLogger(__name__)
 
 
 class NotApplicable(UserError):
@@ -56,6 +59,27 @@ def devices(e: Experiment) -> None:
     if (world := e.trainer.world) is not None and e.recipe.batch_size % world:
         must = f"must be a multiple of {world}, the number of devices (trainer.devices times trainer.num_nodes)"
         raise ConfigError("training.batch_size", e.recipe.batch_size, must)
+
+
+def defense(e: Experiment) -> None:
+    """Refuse a defence that lacks public images, and say where the attack goes round it."""
+    name = e.config["defense"].get("name", "?")
+    if (public := int(e.split.public.sum())) < e.defense.min_public:
+        raise ConfigError("split.public", public, f"must be at least {e.defense.min_public}, the public images that defense={name} needs")
+    if not e.defense.trains and issubclass(e.attack.access, GrayBox):
+        why = "defense=%s stands between the service and its users; attack=%s asks the model itself, and is not touched by it"
+        log.warning(why, name, e.config["attack"]["name"])
+
+
+def service(e: Experiment) -> None:
+    """Refuse attack settings that ask for more variations of an image than the service gives."""
+    if (most := e.defense.variations) is None:
+        return
+    for candidate in e.candidates:
+        try:
+            candidate.attack.check_variations(most)
+        except ConfigError as error:
+            raise error.under("attack") from None
 
 
 def query_budget(e: Experiment, images: int | None = None) -> None:

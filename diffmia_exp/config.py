@@ -152,6 +152,12 @@ def build(group: str, cfg: Plain, kind: type = object, **extra: Any) -> Any:
     return made
 
 
+def takes(group: str, cfg: Plain, setting: str) -> bool:
+    """Whether what a group's config describes has a setting of this name."""
+    parameters = inspect.signature(_located(f"{group}._target_", cfg["_target_"])).parameters
+    return setting in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:
     """Every `_target_` below a node, with its key; refused unless its name is allowed."""
     if isinstance(node, dict):

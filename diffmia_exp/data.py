@@ -63,6 +63,11 @@ class Images:
         """The images selected by a boolean mask [n], or by a slice."""
         return Images(self.pixels[at], self.sample_id[at], None if self.labels is None else self.labels[at])
 
+    def repeated(self, times: NDArray[np.int64]) -> Images:
+        """Each image as often as `times` [n] says."""
+        labels = None if self.labels is None else np.repeat(self.labels, times)
+        return Images(np.repeat(self.pixels, times, 0), np.repeat(self.sample_id, times), labels)
+
     @property
     def fingerprint(self) -> str:
         """Hash of shape, ids and every pixel, whatever the labels; 16 hex digits."""

@@ -25,7 +25,7 @@ from diffmia_exp.noise import derive, initialised
 from diffmia_exp.recipe import Recipe, TrainerOptions
 from diffmia_exp.split import MemberSplit
 from diffmia_exp.store import Store, digest, sha256
-from diffmia_exp.threat_models import ThreatModel
+from diffmia_exp.threat_models import GrayBox, ThreatModel
 from diffmia_exp.tracking import Wandb
 from diffmia_exp.utility import Utility
 
@@ -65,9 +65,11 @@ class Experiment:
         self.trainer = trainer.alone() if self.stage in ("attack", "report") else trainer  # which train no model of the split
         self.snapshot: int | None = config["snapshot"]
         self.part = checks.part(self)
+        self.group("model")  # which the defence may refuse
         checks.weights(self)
         checks.devices(self)
         checks.query_budget(self)
+        checks.service(self)
 
     @property
     def attack(self) -> Attack:
@@ -96,6 +98,7 @@ class Experiment:
             whole("model_index", self.config["model_index"], least=0, most=self.split.n_models - 1)
         elif self.stage != "train" or self.shadows:
             checks.shadows(self)
+        checks.defense(self)
         checks.query_budget(self, int(self.measured.sum()))
         try:
             self.attack.check(self.images.pixels.shape[1:])
@@ -194,8 +197,11 @@ class Experiment:
         return described(self.training_images(index)) | settings | {"seed": self.seed, "model_index": self.draws(index)}
 
     def training_images(self, index: int) -> Images:
-        """The images that model `index` sees in training: its members, but for those that the defence leaves out."""
-        members = self.images.where(self.members(index))
+        """The images that model `index` sees in training: its members with their copies, but for those that the defence leaves out."""
+        mask = self.members(index)
+        members = self.images.where(mask)
+        if self.split.copies is not None:
+            members = members.repeated(self.split.copies[mask])
         return members.where(self.defended(self.role(index) == "shadow").kept(members))
 
     def training_spec(self, shadow: bool) -> Plain:
@@ -207,7 +213,19 @@ class Experiment:
             "precision": self.config["trainer"]["precision"],
         }
         defense = self.defended(shadow)
-        return spec | ({"defense": _nameless(self.config["defense"])} if type(defense) is not Defense and defense.trains else {})
+        if type(defense) is not Defense and defense.trains:
+            spec["defense"] = _nameless(self.config["defense"])
+        if defense.min_public:
+            spec["public"] = self.images.where(self.split.public).fingerprint
+        return spec
+
+    def service(self, index: int) -> Defense:
+        """The defence that stands between model `index` and its users."""
+        return self.defended(self.role(index) == "shadow")
+
+    def served(self, index: int) -> Plain:
+        """What the answers of model `index` depend on beside its weights."""
+        return {"service": _nameless(self.config["defense"])} if self.service(index).answers else {}
 
     def key(self, index: int) -> str:
         """The key of model `index` in the store, or the hash of the checkpoint that takes the target's place."""
@@ -243,6 +261,8 @@ class Experiment:
             "images": (images or self.images.where(self.measured)).fingerprint,
             "precision": self.evaluation.precision,
         }
+        if not issubclass(candidate.attack.access, GrayBox):
+            spec |= self.served(index)
         if candidate.attack.trains:
             spec["surrogate"] = self.training_spec(shadow=True) | {"seed": self.surrogate_seed(index)}
         if self.conditional:
@@ -277,6 +297,8 @@ class Experiment:
     def comparable(self) -> Plain:
         """What must agree where runs are averaged (`split`, `data_fingerprint`) or compared image by image (`audited_fingerprint`)."""
         split = {k: v for k, v in _nameless(self.config["split"]).items() if k not in ("n_models", "target_index", "path")}
+        if split.get("copies") is None:  # as runs from before there were copies
+            split.pop("copies", None)
         if "path" in self.config["split"]:
             split["file"] = sha256(runs.existing_file("split.path", self.config["split"]["path"]))
         return {
@@ -295,6 +317,10 @@ class Experiment:
         view = {k: self.config[k] for k in ("threat_model", "evaluation", "name")}
         if self.utility is not None:
             view["utility"] = self.stores["controls"].key(self.utility_spec())
+        if not self.defense.trains:
+            view["defense"] = self.config["defense"]
+        if self.split.copies is not None:
+            view["copies"] = self.config["split"]["copies"]
         return digest({"scores": self.stores["scores"].key(self.scores_spec()), "duplicates": self.duplicates, **view})
 
     def net(self, index: int, seed: int | None = None) -> torch.nn.Module:

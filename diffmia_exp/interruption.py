@@ -46,7 +46,7 @@ class Interruption(pl.Callback):
         self.received.append(signum)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step >= trainer.max_steps or not self._due(trainer):
+        if trainer.global_step >= trainer.max_steps or trainer.should_stop or not self._due(trainer):
             return  # the last step is not saved: its weights are, in a moment
         self.save(trainer)
         self._hand_on()

@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "last.ckpt"
 
+State = dict[str, Tensor]
+"""A network's state dict."""
+
 
 class LitDiffusion(pl.LightningModule):
     """A `Diffusion`, its optimiser and its weight average.
@@ -133,6 +136,18 @@ class LitDiffusion(pl.LightningModule):
         """What is minimised, per image [B], at the images [B, C, H, W] of these indices among the members."""
         return self.diffusion.loss(x0, t, noise)
 
+    def over(self, step: int) -> bool:
+        """Whether the training is over after so many steps; the same on every rank."""
+        return step >= self.recipe.steps
+
+    def result(self) -> tuple[int, dict[str, State]]:
+        """The step whose weights are the outcome, and these weights, `raw` and `ema`."""
+        return self.recipe.steps, self.current()
+
+    def current(self) -> dict[str, State]:
+        """The weights as they are now, `raw` and `ema`."""
+        return {"raw": self.diffusion.net.state_dict(), "ema": self.ema.state_dict()}
+
     def facts(self) -> Plain:
         """What `training.json` is to say of the defence, once the training is over."""
         return {}
@@ -177,8 +192,8 @@ class KeepWeights(pl.Callback):
         assert isinstance(module, LitDiffusion)
         step = trainer.global_step
         if step in module.recipe.snapshots and trainer.is_global_zero:
-            save_weights(module, self.folder, f"step{step:07d}-")
-        if step % self.every == 0 and step < module.recipe.steps:
+            save_weights(module.current(), self.folder, f"step{step:07d}-")
+        if step % self.every == 0 and not module.over(step):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
@@ -192,15 +207,15 @@ class KeepWeights(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LitDiffusion)
-        if trainer.is_global_zero and trainer.global_step == module.recipe.steps:
-            save_weights(module, self.folder)
+        if trainer.is_global_zero and module.over(trainer.global_step):
+            save_weights(module.result()[1], self.folder)
 
 
-def save_weights(module: LitDiffusion, folder: Path, prefix: str = "") -> None:
-    """Raw and averaged weights as safetensors."""
-    for name, net in (("raw", module.diffusion.net), ("ema", module.ema)):
+def save_weights(weights: dict[str, State], folder: Path, prefix: str = "") -> None:
+    """Weights as safetensors, by their names."""
+    for name, state in weights.items():
         path = folder / f"{prefix}{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, path.with_suffix(".tmp"))
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -345,9 +360,10 @@ def train(
         raise
     if not trainer.is_global_zero:
         return
+    steps = module.result()[0]
     facts = {
-        "steps": recipe.steps,
-        "epochs": recipe.steps * recipe.batch_size / len(pixels),
+        "steps": steps,
+        "epochs": steps * recipe.batch_size / len(pixels),
         "n_members": len(pixels),
         "seconds": round(time.monotonic() - started, 3),
         "resumed": resume,
@@ -357,4 +373,4 @@ def train(
     facts |= {"defense": told} if (told := module.facts()) else {}
     write_atomic(folder / "training.json", json.dumps(facts, indent=1))
     keep.checkpoint.unlink(missing_ok=True)
-    log.info("%s: %d steps, %.0f epochs of %d images, %.0f s", label, recipe.steps, facts["epochs"], len(pixels), facts["seconds"])
+    log.info("%s: %d steps, %.0f epochs of %d images, %.0f s", label, steps, facts["epochs"], len(pixels), facts["seconds"])

@@ -58,6 +58,12 @@ def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor])
     return c0, c1, c2, c3
 
 
+def words(seed: int, sample_id: Tensor) -> Tensor:
+    """Uniform whole numbers below 2**32, int64 [B], that are a pure function of (seed, sample id); arguments as in `gaussian`."""
+    ids, zero = sample_id.to(torch.int64), torch.zeros_like(sample_id, dtype=torch.int64)
+    return philox((seed & _MASK, seed >> 32 & _MASK), (ids & _MASK, ids >> 32 & _MASK, zero, zero))[0]
+
+
 def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int | Tensor = 0) -> Tensor:
     """Standard normal noise that is a pure function of (seed, sample id, draw).
 

@@ -150,7 +150,8 @@ def replace(source: Path, target: Path) -> None:
 
 def not_applicable(output_dir: Path, name: str, config: Plain, reason: str, text: io.StringIO) -> Result:
     """Record a cell that its threat model rules out."""
-    where = folder(output_dir, name, digest({k: config[k] for k in ("threat_model", "attack", "seed", "name")}))
+    defense = {"defense": config["defense"]} if config["defense"].get("name") != "none" else {}
+    where = folder(output_dir, name, digest({k: config[k] for k in ("threat_model", "attack", "seed", "name")} | defense))
     result = Result(identity(config) | {"name": where.name, "status": "not applicable", "reason": reason})
     result.folder = where
     log.info("not applicable: %s", reason)
@@ -168,6 +169,7 @@ def identity(config: Plain) -> Plain:
     label += " selected" if attack["select"] == "shadow" else ""
     return {"label": label, "attack": config["attack"]["name"], "threat_model": config["threat_model"]["name"]} | {
         "dataset": config["dataset"]["name"],
+        "defense": config["defense"].get("name", "?"),
         "seed": config["seed"],
     }
 
@@ -182,7 +184,8 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
     facts = json.loads((entry / "facts.json").read_text())
     training = facts["training"]
     config = experiment.config
-    title = f"{config['attack']['name']}, {config['threat_model']['name']}, {config['dataset']['name']}, seed {experiment.seed}"
+    defended = "" if config["defense"].get("name") == "none" else f", defense {config['defense'].get('name', '?')}"
+    title = f"{config['attack']['name']}, {config['threat_model']['name']}, {config['dataset']['name']}{defended}, seed {experiment.seed}"
     shutil.copyfile(entry / "scores.parquet", folder / "scores.parquet")
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     figures.roc(folder / "roc.png", table, title)
@@ -199,6 +202,7 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
         | identity(config)
         | experiment.comparable()
         | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
+        | _by_copies(experiment, table)
         | controls.run(workshop, table, chosen)
         | {"memorisation": json.loads((memorisation / "memorisation.json").read_text())}
         | ({} if experiment.utility is None else {"utility": workshop.utility()})
@@ -252,6 +256,20 @@ def epsilon(experiment: Experiment, table: ScoreTable, thresholds: dict[str, flo
         bound = audit.classical(table.is_member, table.score, chosen, delta=delta)
         out["classical"] = asdict(bound) | {"valid": None, "why": "presumes that the images of one training are independent trials"}
     return out
+
+
+def _by_copies(experiment: Experiment, table: ScoreTable) -> Plain:
+    """`auc_by_copies`: of the members that are in the training set so many times, against all non-members; nothing without copies."""
+    from diffmia_exp import metrics
+
+    if experiment.split.copies is None:
+        return {}
+    copies, out = experiment.split.copies[experiment.audited], {}
+    for number in np.unique(copies[table.is_member]):
+        of = ~table.is_member | (copies == number)
+        area, interval = metrics.auc(table.is_member[of], table.score[of])
+        out[str(number)] = {"auc": area, "auc_ci": list(interval), "n_members": int(table.is_member[of].sum())}
+    return {"auc_by_copies": out}
 
 
 def _save_exposed(path: Path, table: ScoreTable, experiment: Experiment) -> None:

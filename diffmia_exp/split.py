@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from diffmia_exp.data import Ids, Images, read_npz
 from diffmia_exp.errors import ConfigError, choice, whole
-from diffmia_exp.noise import generator
+from diffmia_exp.noise import derive, generator, words
 
 Mask = NDArray[np.bool_]
+Counts = NDArray[np.int64]
 SHADOW_POOLS = ("same", "disjoint")
 
 
@@ -26,12 +28,14 @@ class MemberSplit:
         pool: bool [n_models, n], the images a model's members are drawn from; a target is audited on its pool.
         keep: bool [n_models, n], the images a model is trained on; within its pool.
         target_index: the row that plays the target; the others are its shadows.
+        copies: int64 [n], how often an image stands in the training set of every model that it is a member of; None for once each.
     """
 
     sample_id: Ids
     pool: Mask
     keep: Mask
     target_index: int = 0
+    copies: Counts | None = None
 
     @property
     def public(self) -> Mask:
@@ -60,6 +64,7 @@ def bernoulli(
     target_index: int = 0,
     shadow_pool: str = "same",
     public: int = 0,
+    copies: list[int] | None = None,
 ) -> MemberSplit:
     """Every image of the pool is a member of a model independently with probability 1/2.
 
@@ -71,11 +76,12 @@ def bernoulli(
         target_index: which row plays the target.
         shadow_pool: `same` (online: shadows share the audited images) or `disjoint` (auxiliary data of the same size).
         public: images beside the pools, which the adversary knows to be members of no model.
+        copies: numbers of copies in the training set, of which each image is given one at random; None for one copy of each.
     """
     whole("n_models", n_models, least=1)
     whole("target_index", target_index, least=0, most=n_models - 1)
     ids, pools = _pools(sample_id, seed, "pool", pool, n_models, target_index, shadow_pool, public)
-    return _checked(MemberSplit(ids, pools, _coins(seed, pools), target_index), "pool", pool)
+    return _checked(MemberSplit(ids, pools, _coins(seed, pools), target_index, _copies(seed, ids, copies)), "pool", pool)
 
 
 def exact(
@@ -87,6 +93,7 @@ def exact(
     target_index: int = 0,
     shadow_pool: str = "same",
     public: int = 0,
+    copies: list[int] | None = None,
 ) -> MemberSplit:
     """Exactly n_members members and n_nonmembers non-members per model. Other arguments as in `bernoulli`."""
     whole("n_members", n_members, least=1)
@@ -98,7 +105,7 @@ def exact(
     keep = np.zeros_like(pools)
     for row in range(n_models):
         keep[row, generator(seed, "split", row).permutation(np.flatnonzero(pools[row]))[:n_members]] = True
-    return MemberSplit(ids, pools, keep, target_index)
+    return MemberSplit(ids, pools, keep, target_index, _copies(seed, ids, copies))
 
 
 def from_file(
@@ -109,6 +116,7 @@ def from_file(
     target_index: int = 0,
     shadow_pool: str = "same",
     public: int = 0,
+    copies: list[int] | None = None,
 ) -> MemberSplit:
     """The target's members and held-out images from an index file; further rows for shadows are drawn as in `bernoulli`.
 
@@ -141,7 +149,18 @@ def from_file(
     pools = np.stack([np.isin(ids, audited if row == target_index else spare) for row in range(n_models)])
     keep = _coins(seed, pools)
     keep[target_index] = np.isin(ids, members)
-    return _checked(MemberSplit(ids, pools, keep, target_index), "path", path)
+    return _checked(MemberSplit(ids, pools, keep, target_index, _copies(seed, ids, copies)), "path", path)
+
+
+def _copies(seed: int, sample_id: Ids, copies: list[int] | None) -> Counts | None:
+    """One of the numbers for each image, all with the same probability: a function of seed and sample id alone."""
+    if copies is None:
+        return None
+    if not isinstance(copies, list) or not copies:
+        raise ConfigError("copies", copies, "must be a list of numbers of copies, as [1,2,4,8], or null")
+    for number in copies:
+        whole("copies", number, least=1)
+    return np.array(copies)[words(derive(seed, "copies"), torch.from_numpy(sample_id)).numpy() * len(copies) >> 32]
 
 
 def _coins(seed: int, pools: Mask) -> Mask:

@@ -36,6 +36,7 @@ def single(result: Result) -> None:
         return
     console = _console()
     _board(console, [Line(result, result.cached, result.overrides)])
+    _copies(console, [Line(result, result.cached, result.overrides)])
     if result.folder is not None:
         _say(console, f"run folder: {result.folder}")
     if result.tracked:
@@ -61,6 +62,7 @@ def sweep(folder: Path) -> list[tuple[str, str]]:
     console = _console()
     if done:
         _board(console, done)
+        _copies(console, done[:MOST])
     reasons = [("", str(line.result["reason"])) for line in lines if line.result.get("status") == "not applicable"]
     for reason in told(reasons, most=0):
         _say(console, f"not applicable: {reason}")
@@ -150,17 +152,26 @@ def _board(console: Console, lines: Sequence[Line]) -> None:
         more = f" and {len(of) - 1} more" if len(of) > 1 else ""
         _say(console, f"UNSOUND: {sentence} ({of[0]}{more})", style="bold red")
     common = set.intersection(*(set(line.overrides) for line in lines))
-    columns = ("attack=", "threat_model=", "dataset=", "seed=")
+    columns = ("attack=", "threat_model=", "dataset=", "defense=", "seed=")
+    defended = any(line.result.get("defense", "none") != "none" for line in lines)
     varied = [" ".join(o for o in line.overrides if o not in common and not o.startswith(columns)) for line in lines]
     fprs = list(dict.fromkeys(fpr for line in lines for fpr in line.result.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading in ("attack", "threat model", "dataset", "seed", *(["settings"] if any(varied) else [])):
+    for heading in (
+        "attack",
+        "threat model",
+        "dataset",
+        *(["defense"] if defended else []),
+        "seed",
+        *(["settings"] if any(varied) else []),
+    ):
         table.add_column(heading, no_wrap=heading != "settings")
     for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time", "controls"):
         table.add_column(heading, justify="right")
     for line, settings in list(zip(lines, varied, strict=True))[:MOST]:
         r = line.result
-        start = [r["attack"], r["threat_model"], r["dataset"], str(r["seed"]), *([escape(settings)] if any(varied) else [])]
+        start = [r["attack"], r["threat_model"], r["dataset"], *([r.get("defense", "none")] if defended else []), str(r["seed"])]
+        start += [escape(settings)] if any(varied) else []
         if r["status"] != "done":
             table.add_row(*start, r["status"])
             continue
@@ -186,6 +197,15 @@ def _utility(u: dict[str, Any]) -> str:
     loss = f"loss {u['loss_members']:.3g} members, {u['loss_heldout']:.3g} {u['heldout']}, {u['loss_linear']:.3g} linear"
     made = f"{u['features']}, {u['n_generated']} generated, {u['n_reference']} real"
     return f"{'' if u['learned'] else 'NOT LEARNED; '}{images}; {loss} ({made})"
+
+
+def _copies(console: Console, lines: Sequence[Line]) -> None:
+    """The AUC of the members that were in the training set once, twice, .., a line for each cell that has copies."""
+    for line in lines:
+        r = line.result
+        if by := r.get("auc_by_copies"):
+            of = ", ".join(f"x{number} {_interval(at['auc'], at['auc_ci'])}" for number, at in by.items())
+            _say(console, f"AUC by copies, {r['attack']}, defense {r['defense']}, seed {r['seed']}: {of}")
 
 
 def _interval(value: float, ci: list[float]) -> str:

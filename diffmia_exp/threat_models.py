@@ -6,6 +6,7 @@ budget a call is refused. Results carry no autograd graph: gradients are to be h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import Diffusion, Schedule, Timestep
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
 from diffmia_exp.noise import derive, gaussian
@@ -30,18 +32,28 @@ class QueryBudgetExceeded(UserError):
     """The attack asked for more model evaluations than the threat model grants."""
 
 
+class QueryLimitExceeded(UserError):
+    """The attack asked for more variations of an image than the service gives."""
+
+
 class SamplesOnly:
     """The adversary sees generated images, and how many model evaluations they cost.
 
     Args:
         diffusion: the target.
         budget: model evaluations granted in all (one evaluation = the net run on one image once); None for no limit.
-        sampler: where generated images come from, given (n, steps, seed): a store that keeps them; None for the target itself.
+        sampler: where generated images come from as the service gives them, given (n, steps, seed): a store that keeps them; None for
+            the target itself.
+        defense: what stands between the target and its users.
     """
 
-    def __init__(self, diffusion: Diffusion, budget: int | None = None, sampler: Sampler | None = None) -> None:
+    def __init__(
+        self, diffusion: Diffusion, budget: int | None = None, sampler: Sampler | None = None, defense: Defense | None = None
+    ) -> None:
         self._target = diffusion
-        self._sampler = sampler or diffusion.sample
+        self._defense = defense or Defense()
+        self._sampler = sampler or (lambda n, steps, seed: generated(diffusion, n, steps, seed, self._defense))
+        self._given: Counter[int] = Counter()
         self.budget = budget if budget is None else whole("budget", budget, least=0)
         self.evaluations = 0
 
@@ -59,6 +71,12 @@ class SamplesOnly:
         """n generated images, float32 [n, C, H, W] in [-1, 1]. Costs n x steps evaluations."""
         self._pay(n * steps)
         return self._sampler(n, steps, seed)
+
+
+def generated(diffusion: Diffusion, n: int, steps: int, seed: int, defense: Defense) -> Tensor:
+    """What a defended service generates: images of `Diffusion.sample`, those of the same seed answered alike whatever n is."""
+    drawn = diffusion.sample(n, steps, seed)
+    return defense.answered(drawn, derive(seed, "answer", 0), torch.arange(n, device=drawn.device), 0)
 
 
 class VariationAPI(SamplesOnly):
@@ -81,12 +99,22 @@ class VariationAPI(SamplesOnly):
         schedule = self._target.schedule
         t = max(round(number("strength", strength, above=0, most=1) * schedule.T), 1) - 1
         whole("steps", steps, least=1, most=t + 1)
+        self._admit(sample_id)
         target = self._pay(len(x) * steps)
         x = schedule.q_sample(x, t, gaussian(derive(seed, "vary"), sample_id, tuple(x.shape[1:]), draw).to(x))
         times = torch.linspace(t, -1, steps + 1, dtype=torch.float64).round().long().tolist()
         for now, then in pairwise(times):
             x = schedule.ddim(x, now, then, _in_blocks(target.eps, x, now))
-        return x.clamp(-1, 1)
+        return self._defense.answered(x.clamp(-1, 1), derive(seed, "answer", 1), sample_id, draw)
+
+    def _admit(self, sample_id: Tensor) -> None:
+        """Count the variations given of each image, and refuse more than the defence allows."""
+        if (most := self._defense.variations) is None:
+            return
+        asked = Counter(sample_id.tolist())
+        if (worst := max((self._given[i] + n for i, n in asked.items()), default=0)) > most:
+            raise QueryLimitExceeded(f"defense.variations: the attack asked for {worst} variations of an image in all, {most} are given")
+        self._given.update(asked)
 
 
 class GrayBox(VariationAPI):
@@ -179,12 +207,19 @@ class ThreatModel:
         """Whether an attack that needs this access may run."""
         return issubclass(LEVELS[self.access], needed)
 
-    def grant(self, diffusion: Diffusion, needed: type[SamplesOnly], images: int, sampler: Sampler | None = None) -> SamplesOnly:
-        """The least access the attack needs to the target, with the budget for so many images."""
+    def grant(
+        self,
+        diffusion: Diffusion,
+        needed: type[SamplesOnly],
+        images: int,
+        sampler: Sampler | None = None,
+        defense: Defense | None = None,
+    ) -> SamplesOnly:
+        """The least access the attack needs to the target, with the budget for so many images, behind the defence."""
         if not self.grants(needed):
             raise ConfigError("access", self.access, f"must be {enough(needed)} for this attack")
         budget = None if self.query_budget is None else self.query_budget * images
-        return needed(diffusion, budget, sampler)
+        return needed(diffusion, budget, sampler, defense)
 
 
 def enough(needed: type[SamplesOnly]) -> str:

@@ -26,6 +26,7 @@ from diffmia_exp.recipe import Recipe
 from diffmia_exp.scores import ScoreTable
 from diffmia_exp.selection import Candidate
 from diffmia_exp.signals import Signals
+from diffmia_exp.threat_models import generated
 
 if TYPE_CHECKING:
     from diffmia_exp.lit import LitDiffusion
@@ -133,6 +134,9 @@ class Workshop:
             prefix = "" if e.snapshot is None else f"step{e.snapshot:07d}-"
             path = entry / f"{prefix}{e.weights}.safetensors"
             facts = json.loads((entry / "training.json").read_text())
+            if not path.exists():
+                stopped = facts["defense"]["stopped_at"]
+                raise ConfigError("snapshot", e.snapshot, f"must be at most {stopped}, where the training of model {index} was stopped")
         diffusion = self._read(path, e.net(index))
         self._loaded = index, diffusion, facts
         return diffusion, facts
@@ -159,14 +163,15 @@ class Workshop:
         return e.diffusion(net).to(e.evaluation.torch_device)
 
     def samples(self, index: int, n: int, steps: int, seed: int) -> Pixels:
-        """n generated images of model `index`, uint8 [n, C, H, W], drawn once."""
-        spec = {"attacked": self.experiment.attacked(index), "n": n, "steps": steps, "seed": seed}
+        """n generated images of model `index` as its service gives them, uint8 [n, C, H, W], drawn once."""
+        e = self.experiment
+        spec = {"attacked": e.attacked(index), "n": n, "steps": steps, "seed": seed} | e.served(index)
 
         def make(folder: Path) -> None:
-            drawn = self.model(index)[0].sample(n, steps, seed)
+            drawn = generated(self.model(index)[0], n, steps, seed, e.service(index))
             np.savez(folder / "samples.npz", images=((drawn + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
 
-        with np.load(self.experiment.stores["samples"].get_or_make(spec, make) / "samples.npz", allow_pickle=False) as f:
+        with np.load(e.stores["samples"].get_or_make(spec, make) / "samples.npz", allow_pickle=False) as f:
             pixels: Pixels = f["images"]
         return pixels
 
@@ -189,7 +194,8 @@ class Workshop:
             diffusion = self.model(index)[0]
             everything = e.images.where(e.measured)
             shown = e.shown(everything if images is None else images)
-            access = e.threat_model.grant(diffusion, candidate.attack.access, max(len(everything), len(shown)), self._sampler(index))
+            most = max(len(everything), len(shown))
+            access = e.threat_model.grant(diffusion, candidate.attack.access, most, self._sampler(index), e.service(index))
             label = f"measuring {e.config['attack']['name']}{position}"
             out, cost = measure(candidate.attack, access, Home(self, index), shown, e.evaluation, diffusion.device, label, folder)
             np.save(folder / "signals.npy", out, allow_pickle=False)
@@ -276,7 +282,7 @@ class Workshop:
             "preview": PREVIEW,
             "members": members.fingerprint,
             "held_out": held_out.fingerprint,
-        }
+        } | e.served(e.target_index)
 
         def make(folder: Path) -> None:
             facts, pairs = memorisation.compare(self.preview(), members, held_out)
@@ -350,6 +356,7 @@ class Home:
         e = self._workshop.experiment
         seed = e.surrogate_seed(self._index)
         images = Images(pixels, np.arange(len(pixels)), e.generated_labels(len(pixels)))
+        images = images.where(e.defended(shadow=True).kept(images))
         spec = described(images) | e.training_spec(shadow=True) | {"seed": seed}
         net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
         label = f"training a surrogate of model {self._index}"

@@ -37,6 +37,8 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
     "file in the wrong package": ("+experiment.seed=1", [("experiment=", "must begin with the line # @package _global_")]),
     "appended key": ("+foo=1", [("foo=1", "no such key")]),
     "unknown attack": ("attack=secmii", [("attack=secmii", "did you mean secmi or secmi_nns?")]),
+    "unknown defence": ("defense=cutuot", [("defense=cutuot", "did you mean cutout?")]),
+    "unknown defence in a grid": ("-m defense=none,dropuot", [("defense=dropuot", "did you mean dropout?")]),
     "unknown data set": ("dataset=cifar", [("dataset=cifar", "did you mean cifar10?")]),
     "unknown experiment": ("experiment=grid", [("experiment=grid", "gray_box_grid")]),
     "unknown name in a grid": ("-m attack=pia,sim", [("attack=sim", "did you mean sima?")]),
@@ -179,6 +181,37 @@ BEFORE_TRAINING: Mistakes = {
         [
             ("split.public=0", "must be at least 128, the public images that attack=quantile needs"),
             ("split.public=9", "asks for more images than the 8 that are left beside the pools"),
+        ],
+    ),
+    "a square that is no share of an image": (
+        "-m defense=cutout defense.side=-1,1.5",
+        [("defense.side=-1", "must be a number above 0"), ("defense.side=1.5", "of at most 1")],
+    ),
+    "a defence that cannot go with a network": (
+        "defense=dropout model._target_=torch.nn.Identity",
+        [("model._target_=torch.nn.Identity", "has no setting `dropout`, which defense=dropout needs")],
+    ),
+    "a defence without its images": (
+        "-m defense=early_stopping defense.patience=0,1",
+        [
+            ("defense.patience=0", "must be a whole number of at least 1"),
+            ("split.public=0", "must be at least 1, the public images that defense=early_stopping needs"),
+        ],
+    ),
+    "a service that limits its answers": (
+        "-m defense=query_limit attack=rediffuse threat_model=variation_api defense.variations=-1,3",
+        [
+            ("defense.variations=-1", "must be a whole number of at least 1"),
+            ("attack.n_variations=10", "must be at most 3, the variations of an image that the service gives"),
+        ],
+    ),
+    "copies": (
+        "-m split.copies=[],[0],[1,many],3",
+        [
+            ("split.copies=[]", "must be a list of numbers of copies, as [1,2,4,8], or null"),
+            ("split.copies=0", "must be a whole number of at least 1"),
+            ("split.copies=many", "must be a whole number of at least 1"),
+            ("split.copies=3", "must be a list of numbers of copies"),
         ],
     ),
     "plug-ins": (

@@ -589,6 +589,26 @@ def test_exact_chooses_every_image_equally_often() -> None:
     assert keep.sum(0).max() <= high
 
 
+def test_copies_are_drawn_for_each_id_whatever_else_is_drawn() -> None:
+    ids = np.concatenate([np.arange(-200, 6000), [2**40 + 7]])
+    whole = split.bernoulli(ids, seed=3, copies=[1, 2, 8])
+    assert whole.copies is not None
+    drawn = dict(zip(whole.sample_id.tolist(), whole.copies.tolist(), strict=True))
+    for other in (
+        split.bernoulli(ids[::-1], seed=3, pool=50, n_models=3, target_index=1, copies=[1, 2, 8]),
+        split.exact(ids, seed=3, n_members=9, n_nonmembers=7, public=5, copies=[1, 2, 8]),
+    ):
+        assert other.copies is not None
+        assert [drawn[i] for i in other.sample_id.tolist()] == other.copies.tolist()
+    assert stats.chisquare(np.bincount(whole.copies)[[1, 2, 8]]).pvalue > 1e-3
+    member = whole.keep[0]
+    assert abs(np.mean(whole.copies[member]) - np.mean(whole.copies[~member])) < 0.3, "copies must not tell of membership"
+    elsewhere = split.bernoulli(ids, seed=4, copies=[1, 2, 8])
+    assert elsewhere.copies is not None
+    assert (elsewhere.copies != whole.copies).mean() > 0.5
+    assert_equal_splits(split.bernoulli(ids, seed=3), whole)
+
+
 def test_pools_are_drawn_at_random_from_the_whole_data_set() -> None:
     drawn = np.stack([np.isin(np.arange(50), split.bernoulli(np.arange(50), seed, 20).sample_id) for seed in range(500)])
     low, high = stats.binom.ppf([1e-3 / 100, 1 - 1e-3 / 100], 500, 0.4)

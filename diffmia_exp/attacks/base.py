@@ -78,6 +78,13 @@ class Attack(ABC):
             ConfigError: naming the argument.
         """
 
+    def check_variations(self, most: int) -> None:  # noqa: B027
+        """Called before anything is trained where the service gives so many variations of an image: refuse to ask for more.
+
+        Raises:
+            ConfigError: naming the argument to lower.
+        """
+
     def prepare(self, access: Any, lab: Lab) -> None:  # noqa: B027
         """Called once per measured model, before `signal`: draw samples, train a surrogate."""
 
@@ -154,6 +161,12 @@ class HostedAttack(Attack):
 
     def check(self, image_shape: tuple[int, ...]) -> None:
         self.host.check(image_shape)
+
+    def check_variations(self, most: int) -> None:
+        try:
+            self.host.check_variations(most)
+        except ConfigError as e:
+            raise e.under("host") from None
 
     def prepare(self, access: Any, lab: Lab) -> None:
         self.host.prepare(access, lab)

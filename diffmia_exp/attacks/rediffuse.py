@@ -71,6 +71,12 @@ class ReDiffuse(Attack):
         if self.distance == "ssim":
             check_window(self.window, image_shape)
 
+    def check_variations(self, most: int) -> None:
+        if self.n_variations > most:
+            raise ConfigError(
+                "n_variations", self.n_variations, f"must be at most {most}, the variations of an image that the service gives"
+            )
+
     def nfe(self, T: int) -> int:
         whole("steps", self.steps, most=max(round(self.strength * T), 1))
         return self.n_variations * self.steps

@@ -47,6 +47,9 @@ class Surrogate(HostedAttack):
         whole("steps", self.steps, most=T)
         return 0
 
+    def check_variations(self, most: int) -> None:
+        """The surrogate gives as many as its owner wants."""
+
     def nfe_once(self, T: int) -> int:
         return self.n_samples * self.steps
 

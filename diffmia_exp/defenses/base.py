@@ -21,11 +21,18 @@ class Defense:
     """A defence, and the absence of one (`defense=none`). To add one: a subclass in a file of its own, `conf/defense/<name>.yaml` naming
     it as `_target_`, and a test of what it changes. Hyper-parameters are constructor arguments, checked there.
 
-    The hooks are called in this order: `model`, `training`, `kept`, `network`, `lit`, and `augmented` at every step.
+    The hooks are called in this order: `model`, `training`, `kept`, `network`, `lit`, `augmented` at every step, and `answered` when
+    the finished model is used.
     """
 
     trains: bool = True
     """Whether the weights depend on it. If not, it stands between the finished model and its users."""
+
+    answers: bool = False
+    """Whether what the service returns depends on it."""
+
+    variations: int | None = None
+    """Variations that the service gives of an image at most; None for no limit."""
 
     min_public: int = 0
     """Public images (`split.public`) that it needs at least."""
@@ -59,3 +66,14 @@ class Defense:
     def augmented(self, x0: Tensor, g: torch.Generator) -> Tensor:
         """A step's whole batch [B, C, H, W] in [-1, 1], changed by draws from `g` (on the CPU), which is seeded for this step."""
         return x0
+
+    def answered(self, x: Tensor, seed: int, sample_id: Tensor, draw: int | Tensor) -> Tensor:
+        """What the service returns in place of the images x [B, C, H, W] in [-1, 1]: noises are a function of the other arguments.
+
+        Args:
+            x: generated images, or variations of images that a user sent.
+            seed: of this kind of answer, a 63-bit one.
+            sample_id: int64 [B].
+            draw: which of the image's variations; one for all, or int64 [B].
+        """
+        return x

@@ -199,10 +199,12 @@ def _letter(n: int) -> str:
 
 def _title(facts: Plain, run: Run) -> str:
     model, training = facts["model"].get("name", "model"), facts["training"]
-    steps = f", {training['steps']} steps" if "steps" in training else ""
+    defense = facts["defense"].get("name", "?")
+    defended = "" if defense == "none" else f", defense {defense}"
     if "checkpoint" in facts:
-        return f"{run.metrics['dataset']}, {model} network from a checkpoint"
-    return f"{run.metrics['dataset']}, {model} network{steps}"
+        return f"{run.metrics['dataset']}, {model} network from a checkpoint{defended}"
+    steps = f", {training['steps']} steps" if "steps" in training else ""
+    return f"{run.metrics['dataset']}, {model} network{steps}{defended}"
 
 
 def target_runs(group: Group) -> list[tuple[Run, dict[Row, Run]]]:

@@ -48,12 +48,22 @@ def test_one_run_has_its_own_interval(tmp_path: Path) -> None:
         {"trainer__precision": "bf16-mixed"},
         {"evaluation__precision": "float64"},
         {"evaluation__drop_duplicates": True},
+        {"defense": {"name": "cutout", "side": 0.5}},
+        {"split__copies": [1, 2]},
     ],
 )
 def test_runs_that_differ_in_what_numbers_depend_on_are_in_groups_of_their_own(tmp_path: Path, settings: dict[str, Any]) -> None:
     building.write(tmp_path, building.config(seed=0))
     building.write(tmp_path, building.config(seed=1, **settings))
     assert sorted(group.letter for group in groups(tmp_path)) == ["A", "B"]
+
+
+def test_titles_name_the_defence(tmp_path: Path) -> None:
+    for defense in ({"name": "none"}, {"name": "cutout", "side": 0.5}, {"name": "cutout", "side": 0.25}):
+        building.write(tmp_path, building.config(defense=defense))
+    titles = [group.title for group in groups(tmp_path)]
+    assert sum(title.endswith(", defense cutout") for title in titles) == 2
+    assert sum("defense" not in title for title in titles) == 1
 
 
 def test_versions_of_the_code_are_never_averaged(tmp_path: Path) -> None:
