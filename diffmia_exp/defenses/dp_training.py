@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,14 @@ from diffmia_exp.noise import derive
 
 AGREEMENT = 1e-3
 """How far the gradient of an image may depend on the batch it is in, relative to its norm: rounding, and no more."""
+
+
+class PerImage(GradSampleHooks):
+    """Opacus's hooks, which leave the gradients of single images in `grad_sample`."""
+
+    def capture_activations_hook(self, module: nn.Module, forward_input: Sequence[Tensor], output: Tensor) -> None:
+        """Opacus 1.6.0 takes patches of a convolution's input as if it were contiguous; behind an attention layer it is not."""
+        super().capture_activations_hook(module, [v.contiguous() for v in forward_input], output)
 
 
 class LitDPSGD(LitDiffusion):
@@ -102,7 +111,7 @@ class LitDPSGD(LitDiffusion):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._hooks = GradSampleHooks(self.diffusion.net, loss_reduction="sum", strict=False)
+        self._hooks = PerImage(self.diffusion.net, loss_reduction="sum", strict=False)
 
     def on_fit_end(self) -> None:
         self._hooks.cleanup()
@@ -132,7 +141,7 @@ class LitDPSGD(LitDiffusion):
         t = torch.tensor([self.diffusion.T // 2, self.diffusion.T // 3])
         parameters = self._trained()
         buffers = [b.clone() for b in net.buffers()]
-        hooks = GradSampleHooks(net, loss_reduction="sum", strict=False)
+        hooks = PerImage(net, loss_reduction="sum", strict=False)
         for module in net.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
