@@ -130,6 +130,14 @@ def epsilon_bound(images: int, guesses: int, correct: int, delta: float, alpha: 
     return low if p_value(images, guesses, correct, 0.0, delta) < alpha else 0.0
 
 
+def refuted(bound: float, epsilon: float) -> str | None:
+    """What is wrong where a lower bound is above the epsilon that an accountant claims, at the same delta; None if it is not."""
+    if bound <= epsilon:
+        return None
+    claimed = f"the accountant's epsilon {epsilon:.3g}"
+    return f"privacy: the audit's lower bound {bound:.3g} exceeds {claimed}: the training is not as private as claimed"
+
+
 def classical(
     is_member: Labels,
     score: Floats,

@@ -198,10 +198,12 @@ class Diffusion(nn.Module):
 
     def loss(self, x0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Mean squared error of the prediction, per image [B] (Ho et al., equation 14, for `epsilon`)."""
-        x_t = self.q_sample(x0, t, noise)
+        return (self(self.q_sample(x0, t, noise), t) - self.target(x0, t, noise)).square().flatten(1).mean(1)
+
+    def target(self, x0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+        """What the net is to predict at x_t, [B, C, H, W]."""
         a, s = self.schedule.coefficients(t, x0)
-        target = {"epsilon": noise, "v": a * noise - s * x0, "sample": x0}[self.prediction]
-        return (self(x_t, t) - target).square().flatten(1).mean(1)
+        return {"epsilon": noise, "v": a * noise - s * x0, "sample": x0}[self.prediction]
 
     @torch.no_grad()
     def sample(self, n: int, steps: int = 50, seed: int = 0, batch_size: int = 256, labels: Tensor | None = None) -> Tensor:

@@ -105,6 +105,8 @@ class Experiment:
         except ConfigError as e:
             raise e.under("attack") from None
         checks.utility(self)
+        if self.stage in ("all", "train"):
+            self._check_defense()
         if self.shadows and self.group("model") != self.group("model", shadow=True):
             self.net(self.shadows[0])
         counts = self.keep.sum(), (self.audited & ~self.keep).sum()
@@ -112,6 +114,11 @@ class Experiment:
         if self.duplicates:
             done = "left out of the audit" if self.evaluation.drop_duplicates else "kept; evaluation.drop_duplicates=true leaves them out"
             log.warning("%d non-members are exact copies of members (%s)", self.duplicates, done)
+
+    def _check_defense(self) -> None:
+        for shadow, recipe in ((False, self.recipe), (True, self.shadow_recipe)):
+            if sizes := [int(self.members(row).sum()) for row in self.models if (self.role(row) == "shadow") is shadow]:
+                self.defended(shadow).check(recipe, self.trainer, min(sizes))
 
     @property
     def target_index(self) -> int:
@@ -233,7 +240,8 @@ class Experiment:
             return f"file-{sha256(runs.existing_file('checkpoint', self.config['checkpoint']))[:16]}"
         if index == self.untrained:
             spec = self.training_spec(shadow=False)
-            return f"untrained-{digest({k: spec[k] for k in ('model', 'diffusion')} | {'seed': self.seed, 'model_index': index})}"
+            settings = {k: spec[k] for k in ("model", "diffusion", "defense") if k in spec}
+            return f"untrained-{digest(settings | {'seed': self.seed, 'model_index': index})}"
         return self.stores["models"].key(self.model_spec(index))
 
     def attacked(self, index: int) -> Plain:

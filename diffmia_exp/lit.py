@@ -61,6 +61,9 @@ class LitDiffusion(pl.LightningModule):
         labels: int64 [n], the members' classes, for a conditional model.
     """
 
+    parallel: bool = True
+    """Whether several devices may train it together."""
+
     def __init__(
         self,
         diffusion: Diffusion,
@@ -156,18 +159,30 @@ class LitDiffusion(pl.LightningModule):
         step = self.global_step + 1
         super().optimizer_step(*args, **kwargs)
         # Here, not at the end of the batch: there the callbacks come first, and would keep an average that lacks this step.
+        self.average(step)
+
+    def average(self, step: int) -> None:
+        """Take the weights after `step` optimiser steps into the average."""
         averages: list[Tensor] = [*self.ema.parameters()]
         weights: list[Tensor] = [*self.diffusion.net.parameters()]
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - self.recipe.ema_decay_at(step))
+            torch._foreach_lerp_(averages, weights, 1 - self.ema_decay(step))
             for average, now in zip(self.ema.buffers(), self.diffusion.net.buffers(), strict=True):
                 average.copy_(now)
 
-    def configure_optimizers(self) -> Any:
+    def ema_decay(self, step: int) -> float:
+        """The decay of the average after `step` optimiser steps."""
+        return self.recipe.ema_decay_at(step)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What the recipe asks for."""
         r = self.recipe
         # Lightning cannot clip before a fused step under float16 scaling.
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
-        optimizer = OPTIMIZERS[r.optimizer](self.diffusion.net.parameters(), lr=r.lr, weight_decay=r.weight_decay, fused=fused)  # type: ignore[call-arg]
+        return OPTIMIZERS[r.optimizer](self.diffusion.net.parameters(), lr=r.lr, weight_decay=r.weight_decay, fused=fused)  # type: ignore[call-arg]
+
+    def configure_optimizers(self) -> Any:
+        optimizer, r = self.optimizer(), self.recipe
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, r.warmup_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
@@ -349,6 +364,8 @@ def train(
         *(label, recipe.batch_size, recipe.batch_size // n, n, recipe.lr),
     )
     module = made(diffusion, pixels, recipe, seed, model_index)
+    if n > 1 and not module.parallel:
+        raise ConfigError("trainer.devices", options.devices, f"must be 1 with this defence; there are {n} devices")
     started = time.monotonic()
     others = multiprocessing.active_children()
     try:

@@ -27,6 +27,7 @@ from diffmia_exp.scores import ScoreTable
 from diffmia_exp.store import digest, sha256
 
 if TYPE_CHECKING:
+    from diffmia_exp.audit import Bound
     from diffmia_exp.experiment import Experiment
     from diffmia_exp.workshop import Workshop
 
@@ -197,15 +198,19 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
         figures.near_copies(folder / "near_copies.png", pairs["generated"], pairs["training"], pairs["ratio"])
     _save_exposed(folder / "exposed.npz", table, experiment)
     chosen = next(c for c in experiment.candidates if c.settings == facts["selection"]["settings"])
+    found, private = controls.run(workshop, table, chosen), privacy(experiment, table, training)
+    if private and private["refuted"]:
+        found |= {"sound": False, "unsound": [private["refuted"], *found["unsound"]]}
     result = Result(
         {"status": "done", "name": name}
         | identity(config)
         | experiment.comparable()
         | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
         | _by_copies(experiment, table)
-        | controls.run(workshop, table, chosen)
+        | found
         | {"memorisation": json.loads((memorisation / "memorisation.json").read_text())}
         | ({} if experiment.utility is None else {"utility": workshop.utility()})
+        | ({"privacy": private} if private else {})
         | facts["cost"]
         | {
             "weights": experiment.weights,
@@ -240,17 +245,9 @@ def epsilon(experiment: Experiment, table: ScoreTable, thresholds: dict[str, flo
     """
     from diffmia_exp import audit
 
-    if experiment.config["split"]["_target_"] != "diffmia_exp.split.bernoulli":
-        why = "the split did not include every image independently with probability 1/2, as split=bernoulli does"
-    elif len(table.score) < experiment.split.pool[experiment.target_index].sum():
-        why = "evaluation.drop_duplicates left out images by their membership"
-    else:
-        why = None
-    if why is not None:
-        return {"one_run": {"valid": False, "why": why}}
-    delta, images = experiment.evaluation.delta, len(table.score)
-    guesses = sorted({max(2, images // share // 2 * 2) for share in AUDIT_SHARES})
-    bound = audit.one_run(table.is_member, table.score, guesses, bernoulli=True, delta=delta, seed=experiment.seed)
+    delta, bound = experiment.evaluation.delta, _audited(experiment, table, experiment.evaluation.delta)
+    if isinstance(bound, str):
+        return {"one_run": {"valid": False, "why": bound}}
     out: Plain = {"one_run": asdict(bound) | {"valid": True}}
     if chosen := [threshold for threshold in thresholds.values() if threshold is not None]:
         bound = audit.classical(table.is_member, table.score, chosen, delta=delta)
@@ -270,6 +267,40 @@ def _by_copies(experiment: Experiment, table: ScoreTable) -> Plain:
         area, interval = metrics.auc(table.is_member[of], table.score[of])
         out[str(number)] = {"auc": area, "auc_ci": list(interval), "n_members": int(table.is_member[of].sum())}
     return {"auc_by_copies": out}
+
+
+def privacy(experiment: Experiment, table: ScoreTable, training: Plain) -> Plain | None:
+    """What the accountant of a differentially private training says of the attacked weights, and what the audit says to that.
+
+    Returns:
+        what `training.json` has of it, with `epsilon` and `steps` those of the snapshot if one is attacked; `audited`, the one-run
+        audit's lower bound at the same delta, None where it is not valid; and `refuted`, a sentence if that is above epsilon.
+        None for a training without an accountant.
+    """
+    from diffmia_exp import audit
+
+    told = training.get("defense", {})
+    if "accountant" not in told:
+        return None
+    at = {k: v for k, v in told.items() if k != "snapshots"}
+    if experiment.snapshot is not None:
+        at |= {"epsilon": told["snapshots"][str(experiment.snapshot)], "steps": experiment.snapshot}
+    bound = _audited(experiment, table, at["delta"])
+    audited = None if isinstance(bound, str) else bound.epsilon
+    return at | {"audited": audited, "refuted": None if audited is None else audit.refuted(audited, at["epsilon"])}
+
+
+def _audited(experiment: Experiment, table: ScoreTable, delta: float) -> Bound | str:
+    """The bound of the audit with one training run; why not, where it is not valid."""
+    from diffmia_exp import audit
+
+    if experiment.config["split"]["_target_"] != "diffmia_exp.split.bernoulli":
+        return "the split did not include every image independently with probability 1/2, as split=bernoulli does"
+    if len(table.score) < experiment.split.pool[experiment.target_index].sum():
+        return "evaluation.drop_duplicates left out images by their membership"
+    images = len(table.score)
+    guesses = sorted({max(2, images // share // 2 * 2) for share in AUDIT_SHARES})
+    return audit.one_run(table.is_member, table.score, guesses, bernoulli=True, delta=delta, seed=experiment.seed)
 
 
 def _save_exposed(path: Path, table: ScoreTable, experiment: Experiment) -> None:

@@ -156,6 +156,7 @@ def _board(console: Console, lines: Sequence[Line]) -> None:
     defended = any(line.result.get("defense", "none") != "none" for line in lines)
     varied = [" ".join(o for o in line.overrides if o not in common and not o.startswith(columns)) for line in lines]
     fprs = list(dict.fromkeys(fpr for line in lines for fpr in line.result.get("tpr_at_fpr", {}) if fpr in ("0.01", "0.001")))
+    private = any(line.result.get("privacy") for line in lines)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for heading in (
         "attack",
@@ -166,7 +167,14 @@ def _board(console: Console, lines: Sequence[Line]) -> None:
         *(["settings"] if any(varied) else []),
     ):
         table.add_column(heading, no_wrap=heading != "settings")
-    for heading in ("AUC [95% interval]", *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs), "evals/image", "time", "controls"):
+    for heading in (
+        "AUC [95% interval]",
+        *(f"TPR@{float(fpr):.1%} FPR" for fpr in fprs),
+        *(["epsilon"] if private else []),
+        "evals/image",
+        "time",
+        "controls",
+    ):
         table.add_column(heading, justify="right")
     for line, settings in list(zip(lines, varied, strict=True))[:MOST]:
         r = line.result
@@ -177,7 +185,8 @@ def _board(console: Console, lines: Sequence[Line]) -> None:
             continue
         cost = [f"{r['nfe_per_image']:g}", "found" if line.cached else f"{r['seconds']:.1f} s"]
         cost.append({True: "sound", False: "UNSOUND", None: "none"}[r["sound"]])
-        table.add_row(*start, _interval(r["auc"], r["auc_ci"]), *(_tpr(r, fpr) for fpr in fprs), *cost)
+        epsilon = [_epsilon(r.get("privacy"))] if private else []
+        table.add_row(*start, _interval(r["auc"], r["auc_ci"]), *(_tpr(r, fpr) for fpr in fprs), *epsilon, *cost)
     console.print(table)
     if len(lines) > MOST:
         _say(console, f"and {len(lines) - MOST} more cells, down to an AUC of {lines[-1].result['auc']:.3f}")
@@ -219,3 +228,11 @@ def _tpr(result: dict[str, Any], fpr: str) -> str:
     if not at["resolvable"]:
         return f"unresolvable (1/{result['n_nonmembers']})"
     return _interval(at["tpr"], at["ci"])
+
+
+def _epsilon(privacy: dict[str, Any] | None) -> str:
+    """Between which bounds a private training's epsilon lies: the audit's and the accountant's."""
+    if privacy is None:
+        return "none"
+    low = "" if privacy["audited"] is None else f"{privacy['audited']:.2f} to "
+    return f"{low}{privacy['epsilon']:.2f}"

@@ -124,7 +124,7 @@ class Workshop:
         self._loaded = None  # before the next one takes its place
         e = self.experiment
         if index == e.untrained:
-            diffusion = self._ready(e.net(index))
+            diffusion = self._ready(e.net(index), shadow=False)
             self._loaded = index, diffusion, {}
             return diffusion, {}
         if e.config["checkpoint"] is not None and index == e.target_index:
@@ -137,11 +137,11 @@ class Workshop:
             if not path.exists():
                 stopped = facts["defense"]["stopped_at"]
                 raise ConfigError("snapshot", e.snapshot, f"must be at most {stopped}, where the training of model {index} was stopped")
-        diffusion = self._read(path, e.net(index))
+        diffusion = self._read(path, e.net(index), e.role(index) == "shadow")
         self._loaded = index, diffusion, facts
         return diffusion, facts
 
-    def _read(self, path: Path, net: torch.nn.Module) -> Diffusion:
+    def _read(self, path: Path, net: torch.nn.Module, shadow: bool) -> Diffusion:
         from safetensors.torch import load_file
 
         e = self.experiment
@@ -154,10 +154,11 @@ class Workshop:
         except RuntimeError as error:
             name, reason = e.config["model"].get("name", "?"), " ".join(str(error).split())[:160]
             raise ConfigError("checkpoint", path, f"does not fit model={name} ({reason}..); choose the model it was trained as") from None
-        return self._ready(net)
+        return self._ready(net, shadow)
 
-    def _ready(self, net: torch.nn.Module) -> Diffusion:
+    def _ready(self, net: torch.nn.Module, shadow: bool) -> Diffusion:
         e = self.experiment
+        net = e.defended(shadow).served(net)
         dtype = getattr(torch, e.evaluation.precision)
         net = net.eval() if dtype == torch.float32 else net.eval().to(dtype)
         return e.diffusion(net).to(e.evaluation.torch_device)
@@ -361,7 +362,7 @@ class Home:
         net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
         label = f"training a surrogate of model {self._index}"
         entry = self._workshop._trained(spec, net, images, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label, shadow=True)
-        return self._workshop._read(entry / f"{e.weights}.safetensors", net)
+        return self._workshop._read(entry / f"{e.weights}.safetensors", net, shadow=True)
 
 
 def _of(n: int, rows: list[int]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images
+from diffmia_exp.recipe import Recipe, TrainerOptions
 
 if TYPE_CHECKING:
     from diffmia_exp.lit import LitDiffusion
@@ -21,8 +22,8 @@ class Defense:
     """A defence, and the absence of one (`defense=none`). To add one: a subclass in a file of its own, `conf/defense/<name>.yaml` naming
     it as `_target_`, and a test of what it changes. Hyper-parameters are constructor arguments, checked there.
 
-    The hooks are called in this order: `model`, `training`, `kept`, `network`, `lit`, `augmented` at every step, and `answered` when
-    the finished model is used.
+    The hooks are called in this order: `model`, `training`, `check`, `kept`, `network`, `lit`, `augmented` at every step, and when the
+    finished model is used, `served` and `answered`.
     """
 
     trains: bool = True
@@ -44,6 +45,9 @@ class Defense:
     def training(self, settings: Plain) -> Plain:
         """The settings of the training (group `training`), changed."""
         return settings
+
+    def check(self, recipe: Recipe, options: TrainerOptions, n_members: int) -> None:
+        """Refuse, before anything is trained, what cannot be trained so; `n_members` are the images of the smallest training set."""
 
     def kept(self, members: Images) -> NDArray[np.bool_]:
         """Which of the training images are trained on, bool [n]."""
@@ -77,3 +81,7 @@ class Defense:
             draw: which of the image's variations; one for all, or int64 [B].
         """
         return x
+
+    def served(self, net: nn.Module) -> nn.Module:
+        """What of a trained network is put to use, and so attacked, white-box attacks included."""
+        return net
