@@ -64,6 +64,12 @@ def devices(e: Experiment) -> None:
 def defense(e: Experiment) -> None:
     """Refuse a defence that lacks public images, and say where the attack goes round it."""
     name = e.config["defense"].get("name", "?")
+    if e.conditional and not e.defense.heeds_labels:
+        raise ConfigError("diffusion.conditional", True, f"must be false with defense={name}, which trains without labels")
+    if e.split.copies is not None and e.defense.accounts:
+        raise ConfigError(
+            "split.copies", e.config["split"]["copies"], f"must be null with defense={name}, which accounts for one copy each"
+        )
     if (public := int(e.split.public.sum())) < e.defense.min_public:
         raise ConfigError("split.public", public, f"must be at least {e.defense.min_public}, the public images that defense={name} needs")
     if not e.defense.trains and issubclass(e.attack.access, GrayBox):

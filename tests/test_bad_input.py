@@ -191,6 +191,11 @@ BEFORE_TRAINING: Mistakes = {
         "defense=dropout model._target_=torch.nn.Identity",
         [("model._target_=torch.nn.Identity", "has no setting `dropout`, which defense=dropout needs")],
     ),
+    "a defence that trains without labels": (
+        "-m defense=dp_sgd,dual_md,distill_md diffusion.conditional=true",
+        [("diffusion.conditional=True", f"must be false with defense={name}") for name in ("dp_sgd", "dual_md", "distill_md")],
+    ),
+    "copies under an accountant": ("defense=dp_sgd split.copies=[1,2]", [("split.copies=[1, 2]", "must be null with defense=dp_sgd")]),
     "a defence without its images": (
         "-m defense=early_stopping defense.patience=0,1",
         [

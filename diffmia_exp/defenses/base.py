@@ -38,6 +38,12 @@ class Defense:
     min_public: int = 0
     """Public images (`split.public`) that it needs at least."""
 
+    accounts: bool = False
+    """Whether it bounds what one training image may betray, a bound that copies of the image would break."""
+
+    heeds_labels: bool = True
+    """Whether class-conditional models can be trained with it."""
+
     def model(self, settings: Plain) -> Plain:
         """The settings of the network (group `model`), changed."""
         return settings

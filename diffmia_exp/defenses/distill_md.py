@@ -44,6 +44,8 @@ class DistillMD(Defense):
         share: of the steps, for the teachers. Both are trained at each step, on the images of the batch that are theirs.
     """
 
+    heeds_labels = False
+
     def __init__(self, share: float = 0.5) -> None:
         self.share = number("share", share, above=0)
         if self.share >= 1:

@@ -78,6 +78,9 @@ class DPSGD(Defense):
         physical_batch: evaluations whose gradients are in memory at a time; at least those of one image.
     """
 
+    accounts = True
+    heeds_labels = False
+
     def __init__(
         self,
         epsilon: float | None = 10.0,

@@ -56,6 +56,8 @@ class DualMD(Defense):
     being a function of t alone: a strided sampler meets both, and the service gives one answer to one question.
     """
 
+    heeds_labels = False
+
     def network(self, make: Callable[[], nn.Module]) -> nn.Module:
         """See `Defense`."""
         return Halves(make)
