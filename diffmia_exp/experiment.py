@@ -274,7 +274,7 @@ class Experiment:
     def run_key(self) -> str:
         """Everything that the run folder depends on."""
         view = {k: self.config[k] for k in ("threat_model", "evaluation", "name")}
-        if not self.defense.trains:
+        if type(self.defense) is not Defense and (not self.defense.trains or self.config["checkpoint"] is not None):
             view["defense"] = self.config["defense"]
         if self.split.copies is not None:
             view["copies"] = self.config["split"]["copies"]
