@@ -325,7 +325,7 @@ class Experiment:
         view = {k: self.config[k] for k in ("threat_model", "evaluation", "name")}
         if self.utility is not None:
             view["utility"] = self.stores["controls"].key(self.utility_spec())
-        if not self.defense.trains:
+        if type(self.defense) is not Defense and (not self.defense.trains or self.config["checkpoint"] is not None):
             view["defense"] = self.config["defense"]
         if self.split.copies is not None:
             view["copies"] = self.config["split"]["copies"]

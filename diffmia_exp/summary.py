@@ -132,7 +132,7 @@ def _counts(statuses: Sequence[dict[str, Any]], cached: int) -> str:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _say(console: Console, text: str, **style: str) -> None:

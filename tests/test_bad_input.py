@@ -188,8 +188,8 @@ BEFORE_TRAINING: Mistakes = {
         [("defense.side=-1", "must be a number above 0"), ("defense.side=1.5", "of at most 1")],
     ),
     "a defence that cannot go with a network": (
-        "defense=dropout model._target_=torch.nn.Identity",
-        [("model._target_=torch.nn.Identity", "has no setting `dropout`, which defense=dropout needs")],
+        "defense=dropout model._target_=torch.nn.Conv2d",
+        [("model._target_=torch.nn.Conv2d", "has no setting `dropout`, which defense=dropout needs")],
     ),
     "a defence that trains without labels": (
         "-m defense=dp_sgd,dual_md,distill_md diffusion.conditional=true",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images
-from diffmia_exp.diffusion import given
+from diffmia_exp.diffusion import Diffusion, given
 from diffmia_exp.errors import UserError
 from diffmia_exp.lit import LitDiffusion, State
 from diffmia_exp.noise import derive, gaussian, generator
@@ -72,8 +71,7 @@ class StoppedEarly(LitDiffusion):
     @torch.no_grad()
     def validation_loss(self) -> float:
         """The mean denoising loss of the averaged weights over all images and draws, in eval mode."""
-        averaged = copy.copy(self.diffusion)
-        averaged._modules = self.diffusion._modules | {"net": self.ema.eval()}
+        averaged = Diffusion(self.ema.eval(), self.diffusion.alphas_cumprod, self.diffusion.prediction)
         size, losses = self.recipe.batch_size, []
         for pixels, t, noise, labels in zip(*(values.split(size) for values in self._validated), strict=True):
             x0 = pixels.to(self.device).float() / 127.5 - 1

@@ -21,7 +21,16 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast whe
 NUMBERS = ("auc", "nfe_per_image", "seconds", "n_members", "n_nonmembers", "balanced_accuracy", "seed")
 NAMES = ("attack", "threat_model", "dataset", "name", "run_key", "train_key")
 SINCE = ("label", "snapshot", "weights", "selection", "shadow_trainings")  # what runs of older versions lack
-EVIDENCE = {"controls": dict, "epsilon": dict, "memorisation": dict, "utility": dict, "unsound": list, "versions": dict, "tpr_at_fpr": dict}
+EVIDENCE = {
+    "controls": dict,
+    "epsilon": dict,
+    "memorisation": dict,
+    "utility": dict,
+    "unsound": list,
+    "versions": dict,
+    "tpr_at_fpr": dict,
+    "auc_by_copies": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -146,9 +155,11 @@ def _check(metrics: Plain) -> None:
     right |= {key: isinstance(metrics[key], str) for key in NAMES}
     right["snapshot"] = metrics.get("snapshot") is None or type(metrics["snapshot"]) is int
     right["epochs"] = metrics.get("epochs") is None or _number(metrics["epochs"])
-    for key in ("controls", "epsilon", "tpr_at_fpr"):
+    for key in ("controls", "epsilon", "tpr_at_fpr", "auc_by_copies"):
         values = list((at[key] or {}).values()) if right[key] else []
         right[key] &= all(isinstance(v, dict) for v in values) and all(map(_fits, values))
+    groups = list((at["auc_by_copies"] or {}).values()) if right["auc_by_copies"] else []
+    right["auc_by_copies"] &= all(group.get("auc") is not None and group.get("auc_ci") is not None for group in groups)
     if wrong := [key for key, fits in right.items() if not fits]:
         raise NotDone("damaged", f"metrics.json: {wrong[0]} is of another form than expected")
 

@@ -8,7 +8,7 @@ from diffmia_exp.config import Plain
 from diffmia_exp.report import evidence, figures, pictures
 from diffmia_exp.report.collect import Collection, Note
 from diffmia_exp.report.drawing import number
-from diffmia_exp.report.groups import Group, Row, target_runs
+from diffmia_exp.report.groups import Group, Row, estimate, target_runs
 from diffmia_exp.report.settings import varying
 
 SHOWN = 12
@@ -32,6 +32,7 @@ def of(group: Group, found: Collection) -> Plain:
         "controls": _controls(group),
         "comparisons": evidence.comparisons(on),
         "epsilons": _epsilons(group),
+        "copies": _copies(group),
         "cdi": evidence.set_level(on),
         "most": exposed[:SHOWN],
         "least": exposed[SHOWN:][-SHOWN:][::-1],
@@ -97,6 +98,18 @@ def _epsilons(group: Group) -> list[Plain]:
             }
             lines.append(line)
     return lines
+
+
+def _copies(group: Group) -> Plain:
+    """AUC of the members that were in the training set so many times: one line per attack, one column per number of copies."""
+    lines = []
+    for row in group.final:
+        by = [run.metrics.get("auc_by_copies") or {} for run in row.runs]
+        numbers = dict.fromkeys(number for groups in by for number in groups)
+        of = {number: [groups[number] for groups in by if number in groups] for number in numbers}
+        if of:
+            lines.append((row, {number: estimate([at["auc"] for at in found], found[0]["auc_ci"]) for number, found in of.items()}))
+    return {"numbers": sorted({number for _, cells in lines for number in cells}, key=lambda n: (len(n), n)), "lines": lines}
 
 
 def _memorisation(group: Group, found: Collection) -> list[Plain]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffmia_exp.report import page, sections
 from diffmia_exp.report.collect import collect
 from diffmia_exp.report.groups import Group, grouped
 from tests.report import building
@@ -64,6 +65,20 @@ def test_titles_name_the_defence(tmp_path: Path) -> None:
     titles = [group.title for group in groups(tmp_path)]
     assert sum(title.endswith(", defense cutout") for title in titles) == 2
     assert sum("defense" not in title for title in titles) == 1
+
+
+def test_the_auc_by_copies_is_averaged_and_shown(tmp_path: Path) -> None:
+    for seed, twice in ((0, 0.7), (1, 0.8)):
+        by = {n: {"auc": auc, "auc_ci": [auc - 0.1, auc + 0.1], "n_members": 9} for n, auc in (("1", 0.6), ("10", 0.9), ("2", twice))}
+        building.write(tmp_path, building.config(seed=seed), auc_by_copies=by)
+    building.write(tmp_path, building.config("loss"))
+    found = collect([tmp_path])
+    (section,) = [sections.of(group, found) for group in grouped(found)]
+    assert section["copies"]["numbers"] == ["1", "2", "10"]
+    ((row, cells),) = section["copies"]["lines"]
+    assert row.label == "pia"
+    assert cells["2"][0] == pytest.approx(0.75)
+    assert '<th scope="col" class="n">×10</th>' in page.html(found, [section], [tmp_path])
 
 
 def test_versions_of_the_code_are_never_averaged(tmp_path: Path) -> None:
