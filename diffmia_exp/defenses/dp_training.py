@@ -101,7 +101,10 @@ class LitDPSGD(LitDiffusion):
         if images:
             _backward(loss)
         for p in self._trained():
-            p.grad_sample = p.grad_sample.unflatten(0, (images, -1)).mean(1) if images else p.new_zeros(0, *p.shape)
+            if not images:
+                p.grad_sample = p.new_zeros(0, *p.shape)
+            elif images < len(p.grad_sample):
+                p.grad_sample = p.grad_sample.unflatten(0, (images, -1)).mean(1)
 
     def _trained(self) -> list[Any]:
         return [p for p in self.diffusion.net.parameters() if p.requires_grad]
