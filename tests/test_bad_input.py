@@ -29,7 +29,7 @@ BEFORE_ANYTHING_HEAVY: Mistakes = {
     "misspelt option": ("--multrun seed=1,2", [("--multrun", "did you mean --multirun")]),
     "unknown key": ("attack.tt=3", [("attack.tt", "did you mean attack.t")]),
     "unknown key at the top": ("sed=3", [("sed", "did you mean seed?")]),
-    "key without its group": ("steps=10", [("steps", "did you mean training.steps or attack.steps?")]),
+    "key without its group": ("steps=10", [("steps", "did you mean training.steps or attack.steps or utility.steps?")]),
     "key of another choice": (
         "attack.stride=5",
         [("attack.stride", "or attack=secmi or attack=secmi_nns or attack=trajectory to have it")],

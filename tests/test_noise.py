@@ -205,7 +205,13 @@ def test_purposes_keep_their_numbers() -> None:
         "vary": 8,
         "public": 9,
         "surrogate": 10,
-        "utility": 11,
+        "augment": 11,
+        "labels": 12,
+        "private": 13,
+        "halves": 14,
+        "answer": 15,
+        "copies": 16,
+        "utility": 17,
     }
 
 
