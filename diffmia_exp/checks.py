@@ -126,10 +126,15 @@ def access(e: Experiment) -> None:
         )
 
 
+def shadows_needed(e: Experiment) -> int:
+    """The fewest shadow models that the attack, and the choice of its settings, need."""
+    return e.attack.min_shadows + (e.config["attack"]["select"] == "shadow")
+
+
 def shadows(e: Experiment) -> None:
     """Refuse a split with too few shadows or public images for the attack, or with shadows that it cannot use."""
     name, split, attack = e.config["attack"]["name"], e.config["split"], e.attack
-    needed = attack.min_shadows + (e.config["attack"]["select"] == "shadow")
+    needed = shadows_needed(e)
     if (there := e.split.n_models - 1) < needed:
         why = "" if needed == attack.min_shadows else " with attack.select=shadow"
         must = f"must be at least {needed + 1}: attack={name}{why} needs {needed} shadows beside the target; there are {there}"

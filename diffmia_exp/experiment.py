@@ -53,6 +53,9 @@ class Experiment:
         self.utility: Utility | None = build("utility", config["utility"], Utility) if "utility" in config else None
         self.threat_model: ThreatModel = build("threat_model", config["threat_model"])
         self.candidates = selection.candidates(config["attack"])
+        self.least_models = config["split"].get("n_models", 1) is None
+        if self.least_models:
+            config["split"] = config["split"] | {"n_models": 1 + max(checks.shadows_needed(self), config["split"].get("target_index", 0))}
         self.prediction = config["diffusion"].get("prediction", "epsilon")
         choice("diffusion.prediction", self.prediction, PREDICTIONS)
         self.alphas_cumprod = build("diffusion.schedule", config["diffusion"]["schedule"])
@@ -109,6 +112,9 @@ class Experiment:
             self._check_defense()
         if self.shadows and self.group("model") != self.group("model", shadow=True):
             self.net(self.shadows[0])
+        if self.least_models and self.shadows:
+            name, n = self.config["attack"]["name"], len(self.shadows)
+            log.info("split.n_models: null, so attack=%s has %d shadows, the least it works with; more make it stronger", name, n)
         counts = self.keep.sum(), (self.audited & ~self.keep).sum()
         log.info("%s: %d members, %d non-members", self.config["dataset"]["name"], *counts)
         if self.duplicates:

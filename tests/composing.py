@@ -18,5 +18,5 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 def names(group: str) -> list[str]:
-    """The options of a config group."""
-    return sorted(f.stem for f in (CONF / group).glob("*.yaml"))
+    """The options of a config group; of attacks, without other names of the same (`gsa`)."""
+    return sorted(f.stem for f in (CONF / group).glob("*.yaml") if group != "attack" or "\n_target_:" in f.read_text())

@@ -173,7 +173,7 @@ BEFORE_TRAINING: Mistakes = {
         ],
     ),
     "shadows to choose settings on": (
-        f"{ARRAYS} split.pool=16 attack.select=shadow",
+        f"{ARRAYS} split.pool=16 split.n_models=1 attack.select=shadow",
         [("split.n_models=1", "attack=pia with attack.select=shadow needs 1 shadows beside the target")],
     ),
     "public images": (

@@ -33,6 +33,23 @@ def lira(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    ("settings", "n_models"),
+    [
+        (["attack=pia"], 1),
+        (["attack=gsa", "threat_model=white_box"], 2),
+        (["attack=lira"], 3),
+        (["attack=pia", "attack.select=shadow"], 2),
+        (["attack=pia", "split.target_index=4"], 5),
+        (["attack=lira", "split.n_models=6"], 6),
+    ],
+)
+def test_without_a_number_there_are_as_few_shadows_as_the_attack_needs(settings: list[str], n_models: int, tmp_path: Path) -> None:
+    experiment = Experiment(checked(composed("debug=quick", "split.pool=32", f"output_dir={tmp_path}", *settings)))
+    experiment.load()
+    assert experiment.split.n_models == experiment.config["split"]["n_models"] == n_models
+
+
 def test_models_and_signals_serve_in_every_role(lira: Path) -> None:
     models, signals = entries(lira, "models"), entries(lira, "signals")
     assert (len(models), len(signals)) == (4, 4)

@@ -59,7 +59,7 @@ class Account:
 class DPSGD(Defense):
     """The gradient of each image is clipped, and noise hides whether any one image was there.
 
-    With each member in the batch S of a step independently with probability q = batch_size / n_members,
+    With each member in the batch S of a step independently with probability q = batch_size / n_members (at most 1: then all are),
 
         g_i = grad of the mean over K draws (t, eps) of L_t(x_i),    g_i <- g_i min(1, C / ||g_i||),
         g = (sum_{i in S} g_i + N(0, sigma^2 C^2 I)) / batch_size,
@@ -119,10 +119,7 @@ class DPSGD(Defense):
 
     def account(self, recipe: Recipe, n_members: int) -> Account:
         """The privacy of a training on so many members, the noise multiplier chosen if need be."""
-        if recipe.batch_size > n_members:
-            must = f"must be at most {n_members}, the members of the model, with defense=dp_sgd: each is in a batch with probability "
-            raise ConfigError("training.batch_size", recipe.batch_size, must + "batch_size / members")
-        sigma, q = self.noise_multiplier, recipe.batch_size / n_members
+        sigma, q = self.noise_multiplier, min(1.0, recipe.batch_size / n_members)
         if self.accountant == "prv":
             about = self.epsilon if sigma is None else Account(sigma, q, self.delta, "rdp").epsilon(recipe.steps)
             if about is not None and about > PRV_MOST:
