@@ -15,7 +15,7 @@ demo: $(READY) ## Train a target on digits, attack it, print the table (about 3 
 	$(BIN)/python run.py
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n 3 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-browser: $(READY) ## Run the tests of the report in Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What schedulers send before they kill: SLURM at a time-out (submitit asks for USR2) or a preemption (TERM, then USR2)."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+"""What schedulers send before they kill: SLURM at a time-out (submitit asks for USR2) or a preemption (TERM, then USR2); and Ctrl-C."""
 
 AGREE_EVERY = 10
 """Steps between two questions whether any of several ranks was told to stop; all must write the checkpoint at the same step."""
 
 
 class Interruption(pl.Callback):
-    """Saves on SIGTERM, SIGUSR1 and SIGUSR2 once the step at hand is done, then hands the signal on.
+    """Saves on SIGTERM, SIGUSR1, SIGUSR2 and SIGINT once the step at hand is done, then hands the signal on.
 
     The handler that was there before decides what follows: submitit's requeues the job, or lets SIGTERM pass and training goes on;
-    the default one ends the process.
+    the default one ends the process. A KeyboardInterrupt is raised there too, where it cannot be lost in some destructor or callback of
+    a library; one that is asked for twice is raised at once.
 
     Args:
         save: writes a checkpoint; on all ranks at once.
@@ -43,6 +44,9 @@ class Interruption(pl.Callback):
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in self.received:
+            self._restore()
+            raise KeyboardInterrupt
         self.received.append(signum)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:

@@ -111,7 +111,9 @@ def _train_slowly(folder: Path, told: Any) -> None:
     train(folder, never)
 
 
-@pytest.mark.parametrize(("signum", "ends"), [(signal.SIGUSR1, -signal.SIGUSR1), (signal.SIGUSR2, 3), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("signum", "ends"), [(signal.SIGUSR1, -signal.SIGUSR1), (signal.SIGUSR2, 3), (signal.SIGTERM, 0), (signal.SIGINT, 1)]
+)
 def test_a_signal_is_answered_with_a_checkpoint_and_handed_on(tmp_path: Path, signum: int, ends: int) -> None:
     folder, told = tmp_path / str(int(signum)), _context.Event()
     process = _start(_train_slowly, folder, told)

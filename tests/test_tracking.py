@@ -122,7 +122,7 @@ def test_the_report_stands_where_its_runs_do(tracked: tuple[Path, Any], reported
 
 
 def test_a_training_that_is_cut_off_goes_on_in_its_run_and_its_first_part_is_marked_failed(tmp_path: Path) -> None:
-    slow = ["debug=quick", "split.pool=32", "stage=train", "training.steps=150", "trainer.checkpoint_every=5", "trainer.log_every=1"]
+    slow = ["debug=quick", "split.pool=32", "stage=train", "training.steps=80", "trainer.checkpoint_every=5", "trainer.log_every=1"]
     slow += ["tracking=wandb", "tracking.mode=offline", f"output_dir={tmp_path}"]
     first = command.start(*slow)
     while not list(tmp_path.glob("models/*.partial/last.ckpt")):
@@ -137,7 +137,7 @@ def test_a_training_that_is_cut_off_goes_on_in_its_run_and_its_first_part_is_mar
     assert [part.records["exit"][0].get("exit_code", 0) for part in (before, after)] == [1, 0]
     at = [[int(step["trainer/global_step"]) for step in part.steps if "train/loss" in step] for part in (before, after)]
     assert at[0] == list(range(1, at[0][-1] + 1))
-    assert at[1] == list(range(at[1][0], 151))
+    assert at[1] == list(range(at[1][0], 81))
     assert 1 < at[1][0] <= at[0][-1] + 1, "no step is missing between them"
 
 
@@ -147,7 +147,7 @@ def test_of_processes_that_train_together_one_logs(tmp_path: Path) -> None:
         "debug=quick", "split.pool=32", "stage=train", "tracking=wandb", "tracking.mode=offline", *two, f"output_dir={tmp_path}"
     )
     assert done.returncode == 0, done.stderr
-    assert Logged(tmp_path).run["job_type"] == "train"
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_nothing_is_logged_twice_and_a_later_wish_is_honoured(tmp_path: Path) -> None:
