@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def _run_py(arguments: tuple[str, ...], out: str, err: str, environment: dict[st
     for number, path in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
     os.chdir(ROOT)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))

@@ -103,6 +103,7 @@ def _train_slowly(folder: Path, told: Any) -> None:
             time.sleep(0.05)
 
     lit.Progress = Slow  # type: ignore[misc]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
     if (signum := int(folder.name)) == signal.SIGUSR2:  # as submitit does: its handler ends the process in its own way
         signal.signal(signal.SIGUSR2, lambda *_: os._exit(3))
     if signum == signal.SIGTERM:  # as submitit does: it lets SIGTERM pass
