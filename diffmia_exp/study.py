@@ -23,6 +23,8 @@ from diffmia_exp.errors import UserError
 from diffmia_exp.report.drawing import DASHES, MUTED, SERIES, Figure, interval, sheet, three
 from diffmia_exp.report.groups import Estimate, estimate
 from diffmia_exp.report.reading import NotDone, Run, read
+from diffmia_exp.report.settings import comparable, flat
+from diffmia_exp.store import digest
 
 PREFIX = "study_"
 MEASURES = {"kid": "KID", "loss_heldout": "loss on held-out images"}
@@ -91,6 +93,11 @@ class Factor:
         """Whether all values are numbers."""
         return all(level.number is not None for levels in self.attacks.values() for level in levels)
 
+    @property
+    def axis(self) -> str:
+        """What its values are, for people."""
+        return "epochs of training" if self.key == "snapshot" else self.key
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -107,7 +114,7 @@ def factors(outputs: Path) -> list[Factor]:
     """The factors that grids under `outputs` have swept, by name; several grids of one experiment count as one.
 
     Raises:
-        UserError: if there is none, or a grid sweeps more than one key.
+        UserError: if there is none, a grid sweeps more than one key, or runs of one value are not repetitions of each other.
     """
     sweeps: dict[str, list[Path]] = {}
     for file in sorted(outputs.glob(f"sweeps/*{PREFIX}*/cells.json")):
@@ -138,12 +145,29 @@ def _factor(name: str, folders: Sequence[Path], outputs: Path) -> Factor | None:
         raise UserError(f"{name}: sweeps {', '.join(swept)}; a factor is one key, so sweep them in experiments of their own")
     key = swept[0]
     attacks: dict[str, dict[str, list[Run]]] = {}
+    alike: dict[str, tuple[str, Run]] = {}
     for overrides, run in runs.values():
         value = next(o for o in overrides if o.startswith(f"{key}="))
+        _compare(name, value, run, alike)
         attack = run.label if key == "threat_model" else f"{run.label}, {run.metrics['threat_model']}"
         attacks.setdefault(attack, {}).setdefault(value, []).append(run)
     order = [f"{key}={value}" for value in values[key]]
     return Factor(name.replace(PREFIX, "", 1), key, {attack: _levels(at, order) for attack, at in attacks.items()})
+
+
+def _compare(name: str, value: str, run: Run, alike: dict[str, tuple[str, Run]]) -> None:
+    """Refuse a run that is no repetition of those that came before it, in `alike` by what they must agree in."""
+    facts = comparable(run)
+    agree = {
+        f"{value}, whatever attacks it,": digest(flat(facts)),
+        "all values": digest(flat({"versions": facts["versions"]})),
+        f"{run.label}, {run.metrics['threat_model']}, {value}, {run.seed}, {run.target_index}": str(run.metrics["run_key"]),
+    }
+    for what, of in agree.items():
+        seen, other = alike.setdefault(what, (of, run))
+        if seen != of:
+            why = f"{other.folder.name} and {run.folder.name} differ in settings or versions"
+            raise UserError(f"{name}: {what}: {why}; move the folder of the older grid out of sweeps/, or give another output_dir")
 
 
 def _levels(runs: dict[str, list[Run]], order: Sequence[str]) -> tuple[Level, ...]:
@@ -176,23 +200,25 @@ def difference(before: Level, after: Level) -> tuple[Estimate | None, bool]:
 
 
 def figure(factor: Factor) -> Figure:
-    """AUC of every attack along the factor, with intervals over targets."""
+    """AUC along the factor, with intervals over targets; of many attacks, of those with the highest AUC at any value."""
+    best = sorted(factor.attacks, key=lambda attack: -max(level.auc[0] for level in factor.attacks[attack]))
+    shown = {attack: factor.attacks[attack] for attack in best[: len(SERIES)]}
     values = [
         {"s": attack, "x": level.number if factor.numeric else level.text, "auc": level.auc[0], "low": level.auc[1], "high": level.auc[2]}
-        | {"tip": f"{attack}, {factor.key} {level.text}: AUC {interval(level.auc)}, {len(level.runs)} targets"}
-        for attack, levels in factor.attacks.items()
+        | {"tip": f"{attack}, {factor.axis} {level.text}: AUC {interval(level.auc)}, {len(level.runs)} targets"}
+        for attack, levels in shown.items()
         for level in levels
     ]
-    x: Plain = {"field": "x", "title": factor.key}
+    x: Plain = {"field": "x", "title": factor.axis}
     if factor.numeric:
-        at = [level.number or 0.0 for levels in factor.attacks.values() for level in levels]
+        at = [level.number or 0.0 for levels in shown.values() for level in levels]
         wide = min(at) > 0 and max(at) >= 8 * min(at)
         x |= {"type": "quantitative", "scale": {"type": "log" if wide else "linear", "nice": False, "zero": False, "padding": 10}}
         x |= {"axis": {"grid": False, "values": sorted(set(at)), "format": ".6~g", "labelOverlap": True}}
     else:
         x |= {"type": "nominal", "sort": None, "axis": {"labelAngle": -30}}
     y = {"field": "auc", "type": "quantitative", "title": "AUC", "scale": {"zero": False, "nice": True}}
-    names = list(factor.attacks)
+    names = list(shown)
     kind, legend = {"field": "s", "type": "nominal"}, {"symbolType": "stroke", "symbolSize": 500}
     colour = kind | {"scale": {"domain": names, "range": list(SERIES)}, "legend": legend}
     dash = kind | {"scale": {"domain": names, "range": list(DASHES)}, "legend": legend}
@@ -206,14 +232,15 @@ def figure(factor: Factor) -> Figure:
     ]
     if factor.numeric:
         layers.insert(2, {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash}})
-    alt = f"AUC along {factor.key}; " + "; ".join(
+    alt = f"AUC along {factor.axis}; " + "; ".join(
         f"{attack} from {levels[0].auc[0]:.3f} at {levels[0].text} to {levels[-1].auc[0]:.3f} at {levels[-1].text}"
-        for attack, levels in factor.attacks.items()
+        for attack, levels in shown.items()
     )
     rows = [[a, level.text, len(level.runs), *map(three, level.auc)] for a, levels in factor.attacks.items() for level in levels]
-    caption = "Mean AUC over targets with 95% intervals; the dashed line is chance."
-    columns = ("attack", factor.key, "targets", "AUC", "low", "high")
-    return Figure(factor.name, f"AUC along {factor.key}", caption, alt + ".", sheet(values, 260, layers, {}), columns, rows)
+    more = f" {len(best) - len(shown)} weaker attacks are in the table only." if len(best) > len(shown) else ""
+    caption = f"Mean AUC over targets with 95% intervals; the dashed line is chance.{more}"
+    columns = ("attack", factor.axis, "targets", "AUC", "low", "high")
+    return Figure(factor.name, f"AUC along {factor.axis}", caption, alt + ".", sheet(values, 260, layers, {}), columns, rows)
 
 
 def figures(factor: Factor) -> list[Figure]:
@@ -280,9 +307,9 @@ def to_markdown(found: Sequence[Factor]) -> str:
     parts = []
     for factor in found:
         parts.append(f"## {factor.name} (`{factor.key}`)\n")
-        parts += [f"![{drawn.alt}](figures/{drawn.key}.png)\n" for drawn in figures(factor)]
+        parts += [f"![{drawn.alt}](figures/{drawn.key}.png)\n\n{drawn.caption}\n" for drawn in figures(factor)]
         values = list(dict.fromkeys(level.text for levels in factor.attacks.values() for level in levels))
-        parts.append(f"| attack | {' | '.join(values)} |\n|{'---|' * (len(values) + 1)}")
+        parts.append(f"| attack, by {factor.axis} | {' | '.join(values)} |\n|{'---|' * (len(values) + 1)}")
         for attack, levels in factor.attacks.items():
             at = {level.text: interval(level.auc) for level in levels}
             parts.append(f"| {attack} | {' | '.join(at.get(value, '') for value in values)} |")

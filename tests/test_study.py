@@ -136,6 +136,49 @@ def test_the_front_shows_the_strongest_attack_against_what_the_models_are_worth(
     assert drawn.png()[:4] == b"\x89PNG"
 
 
+def test_grids_of_one_experiment_that_differ_in_settings_are_not_averaged(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
+    again = tmp_path / "sweeps" / "study_weights-2026-01-02_04-00-00-000000"
+    changed = building.config("loss", target_index=0, training__steps=7)
+    where = building.write(tmp_path / "runs", changed, 1.0, files=False)
+    grid.ended(again / "0", status="done", cached=False, run=where.name)
+    grid.plan(again, [["weights=ema", "attack=loss", "threat_model=gray_box", "split.target_index=0"]], [], [])
+    with pytest.raises(
+        UserError, match=r"study_weights: weights=ema, whatever attacks it,: pia.* and loss.* differ in settings or versions"
+    ):
+        study.factors(tmp_path)
+
+
+def test_a_result_of_other_attack_settings_or_another_version_is_not_averaged(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
+    again = tmp_path / "sweeps" / "study_weights-2026-01-02_04-00-00-000000"
+    for value, cell, more in (
+        ("ema", building.config("pia", attack__t=7), {}),
+        ("old", building.config("pia"), {"versions": {"torch": "1"}}),
+    ):
+        grid.ended(again / "0", status="done", cached=False, run=building.write(tmp_path / "runs", cell, 1.1, files=False, **more).name)
+        grid.plan(again, [[f"weights={value}", "attack=pia", "threat_model=gray_box", "split.target_index=0"]], [], [])
+        with pytest.raises(UserError, match="differ in settings or versions"):
+            study.factors(tmp_path)
+
+
+def test_of_many_attacks_the_strongest_are_drawn_and_all_are_in_the_table(tmp_path: Path) -> None:
+    folder, cells = tmp_path / "sweeps" / "study_weights-2026-01-02_03-04-05-678901", []
+    for n, attack in enumerate(("loss", "pia", "pian", "sima", "secmi", "multi_loss", "pfami", "lira")):
+        for value in ("ema", "raw"):
+            where = building.write(tmp_path / "runs", building.config(attack), 3 - 0.35 * n + (value == "raw") / 100, files=False)
+            cells.append([f"weights={value}", f"attack={attack}", "threat_model=gray_box", "split.target_index=0"])
+            grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
+    grid.plan(folder, cells, [], [])
+    (factor,) = study.factors(tmp_path)
+    drawn = study.figure(factor)
+    assert {v["s"] for v in drawn.spec["data"]["values"]} == {
+        f"{a}, gray_box" for a in ("loss", "pia", "pian", "sima", "secmi", "multi_loss")
+    }
+    assert "2 weaker attacks are in the table only" in study.to_markdown([factor])
+    assert len(drawn.rows) == 16
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no finished grid"):
         study.factors(tmp_path)
