@@ -261,13 +261,14 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
                 strongest[level.value] = attack, level
     values: list[Plain] = []
     rows = []
-    for attack, level in strongest.values():
+    for n, (attack, level) in enumerate(strongest.values(), 1):
         if (worth := level.utility(measure)) is None:
             return None
         name = level.text + ("" if level.learned else " (not learned)")
         values.append(
             {
-                "name": name,
+                "n": str(n),
+                "s": f"{n}  {name}",
                 "x": worth[0],
                 "left": worth[1],
                 "right": worth[2],
@@ -286,14 +287,17 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
     }
     y: Plain = {"field": "auc", "type": "quantitative", "title": "AUC of the strongest attack", "scale": {"zero": False, "nice": True}}
     shape = {"field": "learned", "type": "nominal", "legend": None, "scale": {"domain": [True, False], "range": ["circle", "cross"]}}
-    bar = {"type": "rule", "strokeWidth": 1.5, "color": SERIES[0], "opacity": 0.5}
+    bar = {"type": "rule", "strokeWidth": 1.5, "color": SERIES[0], "opacity": 0.35}
+    called = [v["s"] for v in values]  # names stand in the legend, for points lie close together
+    colour = {"field": "s", "type": "nominal", "legend": {"symbolSize": 0, "columns": 2}}
+    colour |= {"scale": {"domain": called, "range": [SERIES[0]] * len(called)}}
     layers: list[Plain] = [
         {"mark": {"type": "rule", "color": MUTED, "strokeDash": [3, 3]}, "encoding": {"y": {"datum": 0.5, "type": "quantitative"}}},
         {"mark": dict(bar), "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}},
         {"mark": dict(bar), "encoding": {"x": x | {"field": "left"}, "x2": {"field": "right"}, "y": y}},
-        {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1, "color": SERIES[0]}}
-        | {"encoding": {"x": x, "y": y, "shape": shape, "description": {"field": "tip"}}},
-        {"mark": {"type": "text", "align": "left", "dx": 6, "dy": -6}, "encoding": {"x": x, "y": y, "text": {"field": "name"}}},
+        {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}}
+        | {"encoding": {"x": x, "y": y, "color": colour, "shape": shape, "description": {"field": "tip"}}},
+        {"mark": {"type": "text", "align": "left", "dx": 5, "dy": -7}, "encoding": {"x": x, "y": y, "text": {"field": "n"}}},
     ]
     alt = f"AUC of the strongest attack against {MEASURES[measure]}; " + "; ".join(v["tip"] for v in values)
     caption = "Lower left is better. Means over targets with 95% intervals; a cross marks models that have not learned."
