@@ -11,7 +11,7 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,20 @@ from scipy import stats
 from diffmia_exp import grid, intervals
 from diffmia_exp.config import Plain
 from diffmia_exp.errors import UserError
+from diffmia_exp.report.collect import Collection
 from diffmia_exp.report.drawing import DASHES, MUTED, SERIES, Figure, interval, sheet, three
-from diffmia_exp.report.groups import Estimate, estimate
+from diffmia_exp.report.figures import cost
+from diffmia_exp.report.groups import Estimate, access, estimate, grouped
 from diffmia_exp.report.reading import NotDone, Run, read
-from diffmia_exp.report.settings import comparable, flat
+from diffmia_exp.report.settings import comparable, flat, identity
 from diffmia_exp.store import digest
 
 PREFIX = "study_"
 MEASURES = {"kid": "KID", "loss_heldout": "loss on held-out images"}
 """Measures of utility that a front is drawn of, less being better."""
+
+BUDGET = ("threat_model", "noises", "variations")
+"""Factors whose attacks are also drawn against the model evaluations they cost."""
 
 REPEATED = ("attack", "attack/plugin", "threat_model", "split.target_index", "seed", "experiment")
 """What a grid may sweep beside its factor."""
@@ -249,6 +254,21 @@ def figures(factor: Factor) -> list[Figure]:
     return [figure(factor), *(drawn for drawn in fronts if drawn)]
 
 
+def budget(found: Sequence[Factor]) -> Figure | None:
+    """Every attack against the model evaluations that it asks for; None where the parts that tell were not run.
+
+    What more noises or variations buy is seen too, and an attack is shown with the least access under which it was run.
+    """
+    runs = [run for f in found if f.name in BUDGET for levels in f.attacks.values() for level in levels for run in level.runs]
+    once: dict[str, Run] = {}
+    for run in sorted(runs, key=lambda run: access(str(run.metrics["threat_model"]))):
+        once.setdefault(digest(flat(identity(run) | {"threat_model": None, "target": run.target, "images": run.images})), run)
+    if not once:
+        return None
+    drawn = cost(grouped(Collection(list(once.values())))[0], "nfe_per_image", "model evaluations per image")
+    return replace(drawn, key="budget")
+
+
 def front(factor: Factor, measure: str = "kid") -> Figure | None:
     """What every value of a factor betrays against what its models are worth; None where utility was not measured.
 
@@ -328,6 +348,10 @@ def to_markdown(found: Sequence[Factor]) -> str:
             said = f"{e.difference[0]:+.3f} [{e.difference[1]:+.3f}, {e.difference[2]:+.3f}], {how}" if e.difference else "one target only"
             parts.append(f"- {e.attack}, {e.before.text} → {e.after.text}: {said}")
         parts.append("")
+    if drawn := budget(found):
+        parts.append(f"## budget\n\n![{drawn.alt}](figures/{drawn.key}.png)\n\n{drawn.caption}\n")
+        parts.append(f"| {' | '.join(drawn.columns)} |\n|{'---|' * len(drawn.columns)}")
+        parts += [f"| {' | '.join(map(str, row))} |" for row in drawn.rows] + [""]
     return "\n".join(parts)
 
 
@@ -356,7 +380,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         found = factors(given.outputs)
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        for drawn in (drawn for factor in found for drawn in figures(factor)):
+        spent = budget(found)
+        for drawn in [drawn for factor in found for drawn in figures(factor)] + ([spent] if spent else []):
             (out / "figures" / f"{drawn.key}.png").write_bytes(drawn.png())
         (out / "study.md").write_text(to_markdown(found))
         (out / "study.csv").write_text(to_csv(found))

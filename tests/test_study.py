@@ -179,6 +179,29 @@ def test_of_many_attacks_the_strongest_are_drawn_and_all_are_in_the_table(tmp_pa
     assert len(drawn.rows) == 16
 
 
+def test_every_attack_is_drawn_once_against_its_model_evaluations(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_noises", "attack.n_noises", {"1": 0.5, "4": 1.0})
+    folder, cells = tmp_path / "sweeps" / "study_threat_model-2026-01-02_03-04-05-678901", []
+    for attack, access, nfe in (("gsa1", "white_box", 20.0), ("pia", "white_box", 2.0), ("pia", "gray_box", 2.0)):
+        for target in range(3):
+            cell = building.config(attack, access, target_index=target)
+            where = building.write(tmp_path / "runs", cell, 1.2, files=False, nfe_per_image=nfe)
+            cells.append([f"attack={attack}", f"threat_model={access}", f"split.target_index={target}"])
+            grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
+    grid.plan(folder, cells, [], [])
+    found = study.factors(tmp_path)
+    drawn = study.budget(found)
+    assert drawn is not None
+    assert sorted((row[0], row[1], row[2]) for row in drawn.rows) == [
+        ("gsa1", "white_box", "20"),
+        ("pia (n_noises=-)", "gray_box", "2"),
+        ("pia (n_noises=1)", "gray_box", "2"),
+        ("pia (n_noises=4)", "gray_box", "2"),
+    ]
+    assert "## budget" in study.to_markdown(found)
+    assert study.budget([factor for factor in found if factor.name == "nothing"]) is None
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no finished grid"):
         study.factors(tmp_path)
