@@ -15,7 +15,7 @@ from diffmia_exp.report import evidence
 from diffmia_exp.report.collect import Collection
 from diffmia_exp.report.drawing import Figure
 from diffmia_exp.report.reading import Run
-from diffmia_exp.report.sections import ordered, separating
+from diffmia_exp.report.sections import ACCOUNT, ordered, separating
 from diffmia_exp.report.settings import flat
 from diffmia_exp.report.tables import line
 from diffmia_exp.tracking.runs import MODES, Wandb, project_name
@@ -108,6 +108,7 @@ def content(found: Collection, sections: Sequence[Plain]) -> dict[str, Table]:
         "controls": ("group", "attack", "threat_model", "control", *CONTROL, "low", "high"),
         "comparisons": ("group", "strongest", "other", "difference", "low", "high", "p"),
         "epsilon": ("group", "attack", "threat_model", *EPSILON, "why"),
+        "privacy": ("group", "attack", "threat_model", "seed", "target_index", *ACCOUNT),
         "set_level": ("group", "threat_model", "attacks", "members", "nonmembers", "p", "images_needed"),
         "exposed": ("group", "end", "sample_id", "exposure", "tables", "image"),
         "near_copies": ("group", "seed", "target_index", "generated", "training", "sample_id", "ratio"),
@@ -149,6 +150,10 @@ def _rows(section: Plain) -> dict[str, list[list[Any]]]:
         "comparisons": [[c.best, c.other, *c.difference, c.p] for c in section["comparisons"]],
         "epsilon": [
             [e["row"].name, e["row"].threat_model, *(e[key] for key in EPSILON), "; ".join(e["whys"])] for e in section["epsilons"]
+        ],
+        "privacy": [
+            [a["row"].name, a["row"].threat_model, a["run"].seed, a["run"].target_index, *(a[key] for key in ACCOUNT)]
+            for a in section["accounts"]
         ],
         "set_level": [[s.threat_model, s.attacks, s.members, s.nonmembers, s.p, s.needed] for s in section["cdi"]],
         "exposed": [[end, e.sample_id, e.exposure, e.tables, e.pixels] for end in ("most", "least") for e in section[end]],

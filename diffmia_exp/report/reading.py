@@ -26,6 +26,7 @@ EVIDENCE = {
     "epsilon": dict,
     "memorisation": dict,
     "utility": dict,
+    "privacy": dict,
     "unsound": list,
     "versions": dict,
     "tpr_at_fpr": dict,
@@ -160,6 +161,8 @@ def _check(metrics: Plain) -> None:
         right[key] &= all(isinstance(v, dict) for v in values) and all(map(_fits, values))
     groups = list((at["auc_by_copies"] or {}).values()) if right["auc_by_copies"] else []
     right["auc_by_copies"] &= all(group.get("auc") is not None and group.get("auc_ci") is not None for group in groups)
+    private = (at["privacy"] or {}) if right["privacy"] else {}
+    right["privacy"] &= not private or (_number(private.get("epsilon")) and (private.get("audited") is None or _number(private["audited"])))
     if wrong := [key for key, fits in right.items() if not fits]:
         raise NotDone("damaged", f"metrics.json: {wrong[0]} is of another form than expected")
 

@@ -14,6 +14,9 @@ from diffmia_exp.report.settings import varying
 SHOWN = 12
 """Most and least exposed images, and near-copies, at most."""
 
+ACCOUNT = ("epsilon", "delta", "accountant", "noise_multiplier", "audited", "refuted")
+"""What is said of a differentially private training, as in the metrics."""
+
 KINDS = ("failed", "damaged", "unfinished", "not applicable", "counted once", "older format", "nothing here")
 """What is not among the results, in the order of the page."""
 
@@ -32,6 +35,7 @@ def of(group: Group, found: Collection) -> Plain:
         "controls": _controls(group),
         "comparisons": evidence.comparisons(on),
         "epsilons": _epsilons(group),
+        "accounts": _accounts(group),
         "copies": _copies(group),
         "cdi": evidence.set_level(on),
         "most": exposed[:SHOWN],
@@ -98,6 +102,12 @@ def _epsilons(group: Group) -> list[Plain]:
             }
             lines.append(line)
     return lines
+
+
+def _accounts(group: Group) -> list[Plain]:
+    """What accountants of differentially private trainings say, and what the audit by each attack says to that: one line per run."""
+    told = [(row, run, run.metrics.get("privacy") or {}) for row in group.final for run in row.runs]
+    return [{"row": row, "run": run, **{key: at.get(key) for key in ACCOUNT}} for row, run, at in told if at]
 
 
 def _copies(group: Group) -> Plain:

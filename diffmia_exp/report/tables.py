@@ -13,6 +13,7 @@ from diffmia_exp.report.drawing import interval
 from diffmia_exp.report.groups import Estimate, Group, Row
 
 FPRS = ("0.1", "0.01", "0.001", "0.0001")
+UTILITY = ("kid", "fid", "precision", "recall", "loss_heldout", "learned")
 VERDICTS = {True: "sound", False: "unsound", None: "not checked"}
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
@@ -45,7 +46,15 @@ def line(group: Group, row: Row) -> dict[str, Any]:
     for fpr in FPRS:
         start |= _three(f"tpr_at_{fpr}_fpr", row.tpr(fpr))
     cost = {key: row.mean(key) for key in ("nfe_per_image", "shadow_trainings", "seconds")}
-    return start | cost | {"controls": VERDICTS[row.sound], "unsound": "; ".join(row.unsound)}
+    worth = {key: _mean([run.metrics["utility"].get(key) for run in row.runs if run.metrics.get("utility")]) for key in UTILITY}
+    private = {"epsilon_accounted": _mean([run.metrics["privacy"].get("epsilon") for run in row.runs if run.metrics.get("privacy")])}
+    return start | cost | worth | private | {"controls": VERDICTS[row.sound], "unsound": "; ".join(row.unsound)}
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    """Mean of what is known; None for nothing."""
+    known = [float(value) for value in values if isinstance(value, int | float)]
+    return sum(known) / len(known) if known else None
 
 
 def _three(name: str, value: Estimate | None) -> dict[str, float | None]:
@@ -63,12 +72,30 @@ def to_markdown(found: Collection, groups: Sequence[Group]) -> str:
         )
         lines.append("|---|---|---|---|---|---|---|---|")
         lines += ["| " + " | ".join(map(_plain, _cells(row))) + " |" for row in group.rows]
+        lines += _worth(group)
         parts.append("\n".join(lines))
     if found.notes:
         lines = ["### Not among the results, or with a reservation", ""]
         lines += [f"- {note.kind}: {_plain(note.where)}: {_plain(note.why)}" for note in found.notes]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _worth(group: Group) -> list[str]:
+    """A line on the models' utility and one on their accounted privacy, where these are known; each model counts once."""
+    models = {run.target: run.metrics for row in group.final for run in row.runs if run.metrics.get("utility")}
+    lines = []
+    if models:
+        means = {key: _mean([m["utility"].get(key) for m in models.values()]) for key in UTILITY}
+        told = ", ".join(f"{key} {value:.3g}" for key, value in means.items() if value is not None and key != "learned")
+        learned = sum(m["utility"].get("learned") is True for m in models.values())
+        lines += ["", f"Utility, mean of {len(models)} models: {told}; {learned} of them have learned."]
+    private = [run.metrics["privacy"] for row in group.final for run in row.runs if run.metrics.get("privacy")]
+    if private:
+        audited = [p["audited"] for p in private if p.get("audited") is not None]
+        least = f"; the audit proves {max(audited):.3g} at most" if audited else ""
+        lines += ["", f"Differential privacy: the accountant's epsilon is {max(p['epsilon'] for p in private):.3g}{least}."]
+    return lines
 
 
 def to_latex(found: Collection, groups: Sequence[Group]) -> str:

@@ -44,6 +44,31 @@ def test_markdown_lists_what_is_unsound_and_what_is_missing(tmp_path: Path) -> N
     assert "\n- unfinished: " in text
 
 
+def test_what_the_models_are_worth_and_their_accounted_privacy_stand_in_the_tables_and_on_the_page(tmp_path: Path) -> None:
+    for target, kid in enumerate((0.1, 0.3)):
+        worth = {"kid": kid, "fid": 2.0, "loss_heldout": 0.5, "learned": target == 0}
+        account = {"epsilon": 8.25, "delta": 1e-5, "accountant": "rdp", "noise_multiplier": 1.1}
+        private = account | ({"audited": 1.5, "refuted": None} if target == 0 else {"audited": 9.5, "refuted": "privacy: <too much>"})
+        building.write(tmp_path / "runs", building.config("loss", target_index=target), utility=worth, privacy=private)
+        building.write(tmp_path / "runs", building.config("pia", target_index=target), utility=worth)
+    (loss, pia) = sorted(csv.DictReader(io.StringIO(written(tmp_path / "runs", "csv"))), key=lambda line: line["attack"])
+    assert [float(loss[key]) for key in ("kid", "fid", "loss_heldout", "learned", "epsilon_accounted")] == [0.2, 2, 0.5, 0.5, 8.25]
+    assert (pia["kid"], pia["precision"], pia["epsilon_accounted"]) == ("0.2", "", "")
+    text = written(tmp_path / "runs", "markdown")
+    assert "\nUtility, mean of 2 models: kid 0.2, fid 2, loss_heldout 0.5; 1 of them have learned.\n" in text
+    assert "\nDifferential privacy: the accountant's epsilon is 8.25; the audit proves 9.5 at most.\n" in text
+    page = written(tmp_path / "runs", "html")
+    assert page.count("privacy: &lt;too much&gt;") == 1
+    assert '<td class="n">1.5</td><td class="n"><b>8.25</b></td><td class="n">1e-05</td><td>rdp</td><td class="n">1.1</td>' in page
+
+
+def test_an_account_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    for wrong in ({"epsilon": "many"}, {"epsilon": 1.0, "audited": "none"}):
+        building.write(tmp_path / "runs", building.config("loss"), privacy=wrong)
+    text = written(tmp_path / "runs", "markdown")
+    assert text.count("metrics.json: privacy is of another form than expected") == 2
+
+
 def test_latex_escapes_names(tmp_path: Path) -> None:
     building.write(tmp_path / "runs", building.config("multi_loss", attack__name="multi_loss&5%"))
     text = written(tmp_path / "runs", "latex")
