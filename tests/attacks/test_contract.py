@@ -277,7 +277,7 @@ def trained(folder: Path, members: np.ndarray, seed: int, steps: int) -> Diffusi
 
 @pytest.fixture(scope="module")
 def memorised(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Diffusion], np.ndarray, AtHome]:
-    """A model that learned 16 of 32 images by heart, every one seen 2,400 times, weights averaged, and two shadows trained half as long.
+    """A model that learned 16 of 32 images by heart, every one seen 2,400 times, weights averaged, and two shadows trained a quarter as long.
 
     Fewer draws will not do for SecMI. Its error is the change of the prediction between neighbouring timesteps; until the images
     are learned (500 steps of 16 images, say) that says how smooth the network is, and members may well score lower.
@@ -286,8 +286,8 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Diffusion]
     for row in range(3):
         keep[row, np.random.default_rng(row).permutation(32)[:16]] = True
     folder, pool = tmp_path_factory.mktemp("memorised"), pixels(32)
-    models = [trained(folder / str(row), pool[keep[row]], row, steps) for row, steps in enumerate((600, 300, 300))]
-    return models, keep, AtHome(lambda samples: trained(folder / "surrogate", samples, 9, 300))
+    models = [trained(folder / str(row), pool[keep[row]], row, steps) for row, steps in enumerate((600, 150, 150))]
+    return models, keep, AtHome(lambda samples: trained(folder / "surrogate", samples, 9, 150))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
