@@ -24,12 +24,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment  # type: ignore[attr-defined]
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffmia_exp import ranks
+from diffmia_exp import ranks, sharding
 from diffmia_exp.claims import write_atomic
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Ids, Pixels
@@ -82,6 +83,11 @@ class LitDiffusion(pl.LightningModule):
         self._pixels = torch.from_numpy(pixels)  # no buffer: neither checkpointed nor broadcast over ranks
         self._labels = None if labels is None else torch.from_numpy(labels)
         self._orders: dict[int, Tensor] = {}
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for net in (self.diffusion.net, self.ema):
+                sharding.shard(net, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         self._pixels = self._pixels.to(self.device)
@@ -143,13 +149,17 @@ class LitDiffusion(pl.LightningModule):
         """Whether the training is over after so many steps; the same on every rank."""
         return step >= self.recipe.steps
 
-    def result(self) -> tuple[int, dict[str, State]]:
-        """The step whose weights are the outcome, and these weights, `raw` and `ema`."""
-        return self.recipe.steps, self.current()
+    def outcome_step(self) -> int:
+        """The step whose weights are the outcome."""
+        return self.recipe.steps
+
+    def outcome(self) -> dict[str, State]:
+        """The weights that are the outcome, `raw` and `ema`; asked of all ranks together."""
+        return self.current()
 
     def current(self) -> dict[str, State]:
-        """The weights as they are now, `raw` and `ema`."""
-        return {"raw": self.diffusion.net.state_dict(), "ema": self.ema.state_dict()}
+        """The weights as they are now, `raw` and `ema`; asked of all ranks together."""
+        return {"raw": sharding.whole(self.diffusion.net), "ema": sharding.whole(self.ema)}
 
     def facts(self) -> Plain:
         """What `training.json` is to say of the defence, once the training is over."""
@@ -206,8 +216,10 @@ class KeepWeights(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(module, LitDiffusion)
         step = trainer.global_step
-        if step in module.recipe.snapshots and trainer.is_global_zero:
-            save_weights(module.current(), self.folder, f"step{step:07d}-")
+        if step in module.recipe.snapshots:
+            weights = module.current()
+            if trainer.is_global_zero:
+                save_weights(weights, self.folder, f"step{step:07d}-")
         if step % self.every == 0 and not module.over(step):
             self.save(trainer)
 
@@ -222,8 +234,10 @@ class KeepWeights(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LitDiffusion)
-        if trainer.is_global_zero and module.over(trainer.global_step):
-            save_weights(module.result()[1], self.folder)
+        if module.over(trainer.global_step):
+            weights = module.outcome()
+            if trainer.is_global_zero:
+                save_weights(weights, self.folder)
 
 
 def save_weights(weights: dict[str, State], folder: Path, prefix: str = "") -> None:
@@ -329,9 +343,13 @@ def train(
     if resume:
         log.info("%s: going on from the checkpoint of a run that was cut off", label)
     joined = options.world == ranks.count() > 1
-    strategy = options.strategy
-    if strategy == "auto" and options.world != 1:
+    strategy: str | Strategy = options.strategy
+    if options.world == 1:
+        strategy = "auto"
+    elif strategy == "auto":
         strategy = "ddp" if joined else "ddp_spawn"
+    elif strategy == "fsdp":
+        strategy = sharding.strategy(ranks.count())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that srun is there and not used
         try:
@@ -366,6 +384,8 @@ def train(
     module = made(diffusion, pixels, recipe, seed, model_index)
     if n > 1 and not module.parallel:
         raise ConfigError("trainer.devices", options.devices, f"must be 1 with this defence; there are {n} devices")
+    if options.strategy == "fsdp" and type(module) is not LitDiffusion:
+        raise ConfigError("trainer.strategy", "fsdp", "cannot be had with a defence that trains in its own way; use trainer=ddp")
     started = time.monotonic()
     others = multiprocessing.active_children()
     try:
@@ -377,7 +397,7 @@ def train(
         raise
     if not trainer.is_global_zero:
         return
-    steps = module.result()[0]
+    steps = module.outcome_step()
     facts = {
         "steps": steps,
         "epochs": steps * recipe.batch_size / len(pixels),

@@ -9,7 +9,7 @@ import torch
 from diffmia_exp.errors import ConfigError, choice, flag, number, whole
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-STRATEGIES = ("auto", "ddp", "ddp_spawn")
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class TrainerOptions:
 
     Args:
         accelerator, devices, num_nodes, precision: as in `pytorch_lightning.Trainer`.
-        strategy: `auto`, `ddp` or `ddp_spawn`. With several devices `auto` is `ddp` where SLURM started a task for each, and
-            `ddp_spawn`, which starts its own processes, elsewhere.
+        strategy: `auto`, `ddp`, `ddp_spawn` or `fsdp`. With several devices `auto` is `ddp` where SLURM started a task for each, and
+            `ddp_spawn`, which starts its own processes, elsewhere. With `fsdp` each of SLURM's tasks holds a part of the weights.
         checkpoint_every: steps between two checkpoints to resume from.
         log_every: steps between two logged losses.
     """
@@ -125,6 +125,6 @@ class TrainerOptions:
                 raise ConfigError("strategy", "ddp_spawn", f"would start processes beside the job's {tasks} tasks; use auto")
         elif self.num_nodes > 1:
             raise ConfigError("num_nodes", self.num_nodes, "needs a SLURM task for every device; add cluster=slurm")
-        elif self.strategy == "ddp" and self.devices != 1:
+        elif self.strategy in ("ddp", "fsdp") and self.devices != 1:
             must = "would start this command, and with it the whole grid, once more for each device; use auto, or cluster=slurm"
-            raise ConfigError("strategy", "ddp", must)
+            raise ConfigError("strategy", self.strategy, must)

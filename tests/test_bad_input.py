@@ -86,10 +86,11 @@ BEFORE_TRAINING: Mistakes = {
         ],
     ),
     "strategy": (
-        "-m trainer.devices=2 trainer.strategy=ddpp,ddp",
+        "-m trainer.devices=2 trainer.strategy=ddpp,ddp,fsdp",
         [
-            ("trainer.strategy=ddpp", "must be one of auto, ddp, ddp_spawn; did you mean ddp"),
+            ("trainer.strategy=ddpp", "must be one of auto, ddp, ddp_spawn, fsdp; did you mean ddp"),
             ("trainer.strategy=ddp", "the whole grid, once more for each device; use auto, or cluster=slurm"),
+            ("trainer.strategy=fsdp", "the whole grid, once more for each device; use auto, or cluster=slurm"),
         ],
     ),
     "nodes without SLURM": ("trainer.num_nodes=2", [("trainer.num_nodes=2", "needs a SLURM task for every device; add cluster=slurm")]),

@@ -84,9 +84,13 @@ class StoppedEarly(LitDiffusion):
         """See `LitDiffusion`."""
         return bool(self.stopped_at) or super().over(step)
 
-    def result(self) -> tuple[int, dict[str, State]]:
+    def outcome_step(self) -> int:
         """See `LitDiffusion`."""
-        return self.best_step, self.best
+        return self.best_step
+
+    def outcome(self) -> dict[str, State]:
+        """See `LitDiffusion`."""
+        return self.best
 
     def facts(self) -> Plain:
         """See `LitDiffusion`."""

@@ -277,7 +277,7 @@ def trained(folder: Path, members: np.ndarray, seed: int, steps: int) -> Diffusi
 
 @pytest.fixture(scope="module")
 def memorised(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Diffusion], np.ndarray, AtHome]:
-    """A model that learned 16 of 32 images by heart, every one seen 2,400 times, weights averaged, and two shadows trained a quarter as long.
+    """A model that learned 16 of 32 images by heart, seen 2,400 times each, weights averaged, and two shadows of a quarter of its steps.
 
     Fewer draws will not do for SecMI. Its error is the change of the prediction between neighbouring timesteps; until the images
     are learned (500 steps of 16 images, say) that says how smooth the network is, and members may well score lower.

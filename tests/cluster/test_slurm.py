@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffmia_exp import claims, grid, status
 from tests.cluster import cluster
@@ -132,6 +134,23 @@ def test_a_requeued_training_goes_on_and_ends_with_the_same_bits(tmp_path: Path,
     assert weights(submitted.out) == undisturbed
 
 
+def test_a_requeued_training_over_nodes_in_parts_goes_on(tmp_path: Path) -> None:
+    """The checkpoint of weights that lie in parts on two nodes is one of the whole, and is dealt out again."""
+    over = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2", "training.batch_size=16"]
+    submitted = Submitted(tmp_path / "out", *LONG, *over)
+    submitted.hold()
+    cluster.call("scontrol", "requeue", task())
+    assert submitted.end() == 0
+    assert resumed(submitted.out)
+    alone = [sys.executable, "run.py", *QUICK, *LONG, "training.batch_size=16", f"output_dir={tmp_path / 'one'}"]
+    subprocess.run(alone, cwd=cluster.ROOT, check=True, capture_output=True)
+    (one,), (two,) = ((path / "models").iterdir() for path in (tmp_path / "one", submitted.out))
+    assert one.name == two.name, "how it is dealt out is no part of the key"
+    averaged, expected = (load_file(entry / "ema.safetensors") for entry in (two, one))
+    for name, weight in expected.items():
+        torch.testing.assert_close(averaged[name], weight, rtol=0, atol=2e-3)
+
+
 def test_a_training_that_runs_out_of_time_saves_and_is_requeued(tmp_path: Path) -> None:
     """The periodic checkpoint is never reached: what is resumed was written when the signal came."""
     endless = ["stage=train", "training.steps=100000", "trainer.checkpoint_every=50000", "cluster.minutes=2", "cluster.notice=75"]
@@ -177,11 +196,12 @@ def test_a_cancelled_task_fails_alone_and_is_run_again(tmp_path: Path) -> None:
     assert [cell.state for cell in grid.cells(grid.latest(out))] == ["trained"]
 
 
-def test_two_nodes_train_as_one_process_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_two_nodes_train_as_one_process_does(tmp_path: Path, strategy: str) -> None:
     line = [sys.executable, "-m", "tests.cluster.losses"]
     steps = 200
     both = ["srun", "--job-name=ddp", "-N2", "-n2", "--ntasks-per-node=1"]
-    for command in ([*both, *line, "two.npy", str(steps), "1", "2"], [*line, "one.npy", str(steps), "1", "1"]):
+    for command in ([*both, *line, "two.npy", str(steps), "1", "2", strategy], [*line, "one.npy", str(steps), "1", "1"]):
         arguments = [str(tmp_path / a) if a.endswith(".npy") else a for a in command]
         done = subprocess.run(arguments, cwd=cluster.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -189,11 +209,15 @@ def test_two_nodes_train_as_one_process_does(tmp_path: Path) -> None:
     assert len(two) == len(one) == steps
     assert np.abs(two - one).max() < 1e-4
     assert one[-20:].mean() < 0.8 * one[:20].mean(), "it must have learnt something"
+    averaged, expected = (load_file(tmp_path / f"{name}.safetensors") for name in ("two", "one"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(averaged[name], weight, rtol=0, atol=2e-3)
 
 
-def test_a_model_trained_over_nodes_is_in_the_store_once_and_attacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_model_trained_over_nodes_is_in_the_store_once_and_attacked(tmp_path: Path, trainer: str) -> None:
     """The whole way: claimed and written by the first rank alone, then the AUC of one process within its interval."""
-    over = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+    over = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
     train = ["training.steps=100", "training.batch_size=16"]
     both = Submitted(tmp_path / "both", *over, *train)
     assert both.end() == 0, both.log.read_text()
