@@ -136,13 +136,14 @@ def test_a_requeued_training_goes_on_and_ends_with_the_same_bits(tmp_path: Path,
 
 def test_a_requeued_training_over_nodes_in_parts_goes_on(tmp_path: Path) -> None:
     """The checkpoint of weights that lie in parts on two nodes is one of the whole, and is dealt out again."""
-    over = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2", "training.batch_size=16"]
-    submitted = Submitted(tmp_path / "out", *LONG, *over)
+    over = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2", "trainer.checkpoint_every=10"]
+    train = ["stage=train", "training.steps=60", "training.batch_size=16"]
+    submitted = Submitted(tmp_path / "out", *train, *over)
     submitted.hold()
     cluster.call("scontrol", "requeue", task())
     assert submitted.end() == 0
     assert resumed(submitted.out)
-    alone = [sys.executable, "run.py", *QUICK, *LONG, "training.batch_size=16", f"output_dir={tmp_path / 'one'}"]
+    alone = [sys.executable, "run.py", *QUICK, *train, f"output_dir={tmp_path / 'one'}"]
     subprocess.run(alone, cwd=cluster.ROOT, check=True, capture_output=True)
     (one,), (two,) = ((path / "models").iterdir() for path in (tmp_path / "one", submitted.out))
     assert one.name == two.name, "how it is dealt out is no part of the key"
@@ -196,10 +197,9 @@ def test_a_cancelled_task_fails_alone_and_is_run_again(tmp_path: Path) -> None:
     assert [cell.state for cell in grid.cells(grid.latest(out))] == ["trained"]
 
 
-@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
-def test_two_nodes_train_as_one_process_does(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "steps"), [("auto", 200), ("fsdp", 60)])
+def test_two_nodes_train_as_one_process_does(tmp_path: Path, strategy: str, steps: int) -> None:
     line = [sys.executable, "-m", "tests.cluster.losses"]
-    steps = 200
     both = ["srun", "--job-name=ddp", "-N2", "-n2", "--ntasks-per-node=1"]
     for command in ([*both, *line, "two.npy", str(steps), "1", "2", strategy], [*line, "one.npy", str(steps), "1", "1"]):
         arguments = [str(tmp_path / a) if a.endswith(".npy") else a for a in command]
@@ -214,11 +214,11 @@ def test_two_nodes_train_as_one_process_does(tmp_path: Path, strategy: str) -> N
         torch.testing.assert_close(averaged[name], weight, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_a_model_trained_over_nodes_is_in_the_store_once_and_attacked(tmp_path: Path, trainer: str) -> None:
+@pytest.mark.parametrize(("trainer", "steps"), [("ddp", 100), ("fsdp", 40)])
+def test_a_model_trained_over_nodes_is_in_the_store_once_and_attacked(tmp_path: Path, trainer: str, steps: int) -> None:
     """The whole way: claimed and written by the first rank alone, then the AUC of one process within its interval."""
     over = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
-    train = ["training.steps=100", "training.batch_size=16"]
+    train = [f"training.steps={steps}", "training.batch_size=16"]
     both = Submitted(tmp_path / "both", *over, *train)
     assert both.end() == 0, both.log.read_text()
     one = subprocess.run(
