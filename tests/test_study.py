@@ -12,10 +12,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
-from diffmia_exp import grid, study
+from diffmia_exp import grid
 from diffmia_exp.config import checked
 from diffmia_exp.errors import UserError
 from diffmia_exp.experiment import Experiment
+from diffmia_exp.study import drawing, factors, writing
+from diffmia_exp.study.__main__ import main
 from tests.composing import CONF, composed, names
 from tests.report import building
 
@@ -36,7 +38,7 @@ def swept(name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", PARTS)
 def test_every_part_sweeps_one_key_and_is_granted_and_fed_at_both_ends(name: str, tmp_path: Path) -> None:
     axes = swept(name)
-    keys = [key for key, values in axes.items() if len(values) > 1 and key not in study.REPEATED]
+    keys = [key for key, values in axes.items() if len(values) > 1 and key not in factors.REPEATED]
     assert len(keys) == (name not in ("study", "study_threat_model"))
     first, *rest = axes["attack"]
     others = [values for key, values in axes.items() if key != "attack"]
@@ -61,7 +63,7 @@ def swept_grid(outputs: Path, name: str, key: str, values: dict[str, float], tar
 
 def test_levels_are_in_the_order_of_their_numbers_with_students_interval(tmp_path: Path) -> None:
     swept_grid(tmp_path, "study_members", "split.pool", {"512": 0.2, "64": 2.0, "256": 1.0})
-    (factor,) = study.factors(tmp_path)
+    (factor,) = factors.read_all(tmp_path)
     (levels,) = factor.attacks.values()
     assert (factor.name, factor.key, factor.numeric) == ("members", "split.pool", True)
     assert [level.number for level in levels] == [64, 256, 512]
@@ -73,26 +75,26 @@ def test_levels_are_in_the_order_of_their_numbers_with_students_interval(tmp_pat
 
 def test_a_difference_is_paired_where_targets_are_the_same_and_welchs_elsewhere(tmp_path: Path) -> None:
     swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
-    (factor,) = study.factors(tmp_path)
-    (effect,) = study.effects(factor)
+    (factor,) = factors.read_all(tmp_path)
+    (effect,) = factors.effects(factor)
     a, b = np.array(effect.before.aucs), np.array(effect.after.aucs)
     assert effect.paired
     assert effect.difference == pytest.approx((np.mean(b - a), *stats.t.interval(0.95, 2, np.mean(b - a), stats.sem(b - a))))
-    fewer = study.Level("weights=raw", effect.after.runs[:2])
-    (mean, low, high), paired = study.difference(effect.before, fewer)
+    fewer = factors.Level("weights=raw", effect.after.runs[:2])
+    (mean, low, high), paired = factors.difference(effect.before, fewer)
     va, vb = a.var(ddof=1) / 3, b[:2].var(ddof=1) / 2
     df = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 1)
     assert not paired
     assert (mean, low, high) == pytest.approx(
         (b[:2].mean() - a.mean(), *stats.t.interval(0.95, df, b[:2].mean() - a.mean(), np.sqrt(va + vb)))
     )
-    assert study.difference(effect.before, study.Level("weights=raw", effect.after.runs[:1])) == (None, False)
+    assert factors.difference(effect.before, factors.Level("weights=raw", effect.after.runs[:1])) == (None, False)
 
 
 def test_it_writes_a_figure_a_table_and_a_line_for_every_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swept_grid(tmp_path, "study_members", "split.pool", {"64": 2.0, "512": 0.2})
     swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
-    study.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert "2 factors, 12 runs" in capsys.readouterr().out
     with (tmp_path / "out" / "study.csv").open() as f:
         lines = list(csv.DictReader(f))
@@ -104,8 +106,8 @@ def test_it_writes_a_figure_a_table_and_a_line_for_every_value(tmp_path: Path, c
     ]
     text = (tmp_path / "out" / "study.md").read_text()
     assert "- pia, gray_box, 64 → 512: -0." in text
-    for factor in study.factors(tmp_path):
-        drawn = study.figure(factor)
+    for factor in factors.read_all(tmp_path):
+        drawn = drawing.figure(factor)
         assert drawn.svg().count("<path") >= len(drawn.rows), "a point for every row"
         assert (tmp_path / "out" / "figures" / f"{factor.name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -124,15 +126,15 @@ def test_the_front_shows_the_strongest_attack_against_what_the_models_are_worth(
             cells.append(["defense=flip", f"attack={attack}", "threat_model=gray_box", f"split.target_index={target}"])
             grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
     grid.plan(folder, cells, [], [])
-    (factor,) = study.factors(tmp_path)
-    drawn = study.front(factor)
+    (factor,) = factors.read_all(tmp_path)
+    drawn = drawing.front(factor)
     assert drawn is not None
     flip = next(row for row in drawn.rows if row[0].startswith("flip"))
     assert flip[:2] == ["flip (not learned)", "loss, gray_box"]
     half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
     assert [float(v) for v in flip[5:]] == pytest.approx([1.1, 1.1 - half, 1.1 + half], rel=1e-3)
-    assert [figure.key for figure in study.figures(factor)] == ["defense", "defense-kid", "defense-loss_heldout"]
-    assert "| *KID* | 0.5 [0.5, 0.5] | 1.1 [" in study.to_markdown([factor])
+    assert [figure.key for figure in drawing.figures(factor)] == ["defense", "defense-kid", "defense-loss_heldout"]
+    assert "| *KID* | 0.5 [0.5, 0.5] | 1.1 [" in writing.to_markdown([factor])
     assert drawn.png()[:4] == b"\x89PNG"
 
 
@@ -146,7 +148,7 @@ def test_grids_of_one_experiment_that_differ_in_settings_are_not_averaged(tmp_pa
     with pytest.raises(
         UserError, match=r"study_weights: weights=ema, whatever attacks it,: pia.* and loss.* differ in settings or versions"
     ):
-        study.factors(tmp_path)
+        factors.read_all(tmp_path)
 
 
 def test_a_result_of_other_attack_settings_or_another_version_is_not_averaged(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_a_result_of_other_attack_settings_or_another_version_is_not_averaged(tm
         grid.ended(again / "0", status="done", cached=False, run=building.write(tmp_path / "runs", cell, 1.1, files=False, **more).name)
         grid.plan(again, [[f"weights={value}", "attack=pia", "threat_model=gray_box", "split.target_index=0"]], [], [])
         with pytest.raises(UserError, match="differ in settings or versions"):
-            study.factors(tmp_path)
+            factors.read_all(tmp_path)
 
 
 def test_of_many_attacks_the_strongest_are_drawn_and_all_are_in_the_table(tmp_path: Path) -> None:
@@ -170,12 +172,12 @@ def test_of_many_attacks_the_strongest_are_drawn_and_all_are_in_the_table(tmp_pa
             cells.append([f"weights={value}", f"attack={attack}", "threat_model=gray_box", "split.target_index=0"])
             grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
     grid.plan(folder, cells, [], [])
-    (factor,) = study.factors(tmp_path)
-    drawn = study.figure(factor)
+    (factor,) = factors.read_all(tmp_path)
+    drawn = drawing.figure(factor)
     assert {v["s"] for v in drawn.spec["data"]["values"]} == {
         f"{a}, gray_box" for a in ("loss", "pia", "pian", "sima", "secmi", "multi_loss")
     }
-    assert "2 weaker attacks are in the table only" in study.to_markdown([factor])
+    assert "2 weaker attacks are in the table only" in writing.to_markdown([factor])
     assert len(drawn.rows) == 16
 
 
@@ -189,8 +191,8 @@ def test_every_attack_is_drawn_once_against_its_model_evaluations(tmp_path: Path
             cells.append([f"attack={attack}", f"threat_model={access}", f"split.target_index={target}"])
             grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
     grid.plan(folder, cells, [], [])
-    found = study.factors(tmp_path)
-    drawn = study.budget(found)
+    found = factors.read_all(tmp_path)
+    drawn = drawing.budget(found)
     assert drawn is not None
     assert sorted((row[0], row[1], row[2]) for row in drawn.rows) == [
         ("gsa1", "white_box", "20"),
@@ -198,18 +200,18 @@ def test_every_attack_is_drawn_once_against_its_model_evaluations(tmp_path: Path
         ("pia (n_noises=1)", "gray_box", "2"),
         ("pia (n_noises=4)", "gray_box", "2"),
     ]
-    assert "## budget" in study.to_markdown(found)
-    assert study.budget([factor for factor in found if factor.name == "nothing"]) is None
+    assert "## budget" in writing.to_markdown(found)
+    assert drawing.budget([factor for factor in found if factor.name == "nothing"]) is None
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no finished grid"):
-        study.factors(tmp_path)
+        factors.read_all(tmp_path)
     swept_grid(tmp_path, "study_both", "split.pool", {"64": 2.0, "512": 0.2})
     cells = tmp_path / "sweeps" / "study_both-2026-01-02_03-04-05-678901"
     planned = grid.planned(cells)["cells"]
     grid.plan(cells, [[*cell, f"training.lr={n}"] for n, cell in enumerate(planned)], [], [])
     with pytest.raises(UserError, match=r"study_both: sweeps split\.pool, training\.lr; a factor is one key"):
-        study.factors(tmp_path)
+        factors.read_all(tmp_path)
     with pytest.raises(SystemExit, match="error: study_both"):
-        study.main([str(tmp_path)])
+        main([str(tmp_path)])
