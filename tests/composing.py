@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ CONF = Path(__file__).parents[1] / "conf"
 
 def composed(*overrides: str) -> dict[str, Any]:
     """The resolved config of `python run.py <overrides>`."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@cache  # Hydra takes a fifth of a second
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,9 @@ _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 VERSIONS = {"diffmia_exp": "0.1.0", "torch": "2.13.0"}
 
 
-@cache
-def _composed() -> Plain:
-    return composed("tracking=none")  # once: Hydra takes its time
-
-
 def config(attack: str = "pia", threat_model: str = "gray_box", *, seed: int = 0, target_index: int = 0, **settings: Any) -> Plain:
     """The resolved config of a cell; `settings` are `group__key=value`."""
-    made = copy.deepcopy(_composed())
+    made = composed("tracking=none")
     made["attack"] |= {"name": attack, "seed": seed}
     made["threat_model"] |= {"name": threat_model, "access": threat_model}
     made |= {"seed": seed, "snapshot": settings.pop("snapshot", None), "name": f"{attack}-{threat_model}-digits-s{seed}"}
