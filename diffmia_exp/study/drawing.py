@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from diffmia_exp.config import Plain
 from diffmia_exp.report.collect import Collection
 from diffmia_exp.report.drawing import DASHES, MUTED, SERIES, Figure, interval, sheet, three
-from diffmia_exp.report.figures import cost
 from diffmia_exp.report.groups import access, grouped
 from diffmia_exp.report.reading import Run
 from diffmia_exp.report.settings import flat, identity
@@ -83,8 +81,21 @@ def budget(found: Sequence[Factor]) -> Figure | None:
         once.setdefault(digest(flat(identity(run) | {"threat_model": None, "target": run.target, "images": run.images})), run)
     if not once:
         return None
-    drawn = cost(grouped(Collection(list(once.values())))[0], "nfe_per_image", "model evaluations per image")
-    return replace(drawn, key="budget")
+    rows = sorted(grouped(Collection(list(once.values())))[0].final, key=lambda row: (row.mean("nfe_per_image"), -row.auc[0]))
+    title = "model evaluations per image"
+    points = [
+        {"name": f"{row.name}, {row.threat_model}", "x": row.mean("nfe_per_image"), "auc": row.auc}
+        | {"tip": f"{row.name}, {row.threat_model}: AUC {interval(row.auc)}, {row.mean('nfe_per_image'):.4g} {title}"}
+        for row in rows
+    ]
+    x = {"title": title, "scale": {"type": "log", "nice": False, "padding": 16}, "axis": {"format": "~s", "tickCount": 5, "grid": False}}
+    caption = (
+        "Mean AUC over targets with 95% intervals; the dashed line is chance. Numbers grow with the evaluations, then fall with the AUC."
+    )
+    alt = f"AUC against {title}; " + "; ".join(str(point["tip"]) for point in points) + "."
+    table = [[row.name, row.threat_model, f"{row.mean('nfe_per_image'):.4g}", *map(three, row.auc)] for row in rows]
+    columns = ("attack", "threat model", title, "AUC", "low", "high")
+    return Figure("budget", f"AUC against {title}", caption, alt, _numbered(points, x, "AUC"), columns, table)
 
 
 def front(factor: Factor, measure: str = "kid") -> Figure | None:
@@ -97,36 +108,40 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
         for level in levels:
             if level.value not in strongest or level.auc[0] > strongest[level.value][1].auc[0]:
                 strongest[level.value] = attack, level
-    values: list[Plain] = []
+    points: list[Plain] = []
     rows = []
-    for n, (attack, level) in enumerate(strongest.values(), 1):
+    for attack, level in strongest.values():
         if (worth := level.utility(measure)) is None:
             return None
         name = level.text + ("" if level.learned else " (not learned)")
-        values.append(
-            {
-                "n": str(n),
-                "s": f"{n}  {name}",
-                "x": worth[0],
-                "left": worth[1],
-                "right": worth[2],
-                "auc": level.auc[0],
-                "low": level.auc[1],
-                "high": level.auc[2],
-            }
-            | {"tip": f"{name}: AUC {interval(level.auc)} by {attack}; {measure} {worth[0]:.3g}", "learned": level.learned}
+        points.append(
+            {"name": name, "x": worth[0], "ends": worth[1:], "auc": level.auc, "cross": not level.learned}
+            | {"tip": f"{name}: AUC {interval(level.auc)} by {attack}; {measure} {worth[0]:.3g}"}
         )
         rows.append([name, attack, *map(three, level.auc), *(f"{v:.4g}" for v in worth)])
-    x: Plain = {
-        "field": "x",
-        "type": "quantitative",
-        "title": f"{MEASURES[measure]}",
-        "scale": {"zero": False, "nice": True, "padding": 12},
-    }
-    y: Plain = {"field": "auc", "type": "quantitative", "title": "AUC of the strongest attack", "scale": {"zero": False, "nice": True}}
-    shape = {"field": "learned", "type": "nominal", "legend": None, "scale": {"domain": [True, False], "range": ["circle", "cross"]}}
+    x = {"title": MEASURES[measure], "scale": {"zero": False, "nice": True, "padding": 12}, "axis": {"grid": False}}
+    alt = f"AUC of the strongest attack against {MEASURES[measure]}; " + "; ".join(str(point["tip"]) for point in points) + "."
+    caption = "Lower left is better. Means over targets with 95% intervals; a cross marks models that have not learned."
+    columns = (factor.key, "strongest attack", "AUC", "low", "high", measure, "low", "high")
+    key, spec = f"{factor.name}-{measure}", _numbered(points, x, "AUC of the strongest attack")
+    return Figure(key, f"AUC against {MEASURES[measure]}", caption, alt, spec, columns, rows)
+
+
+def _numbered(points: Sequence[Plain], x: Plain, y_title: str) -> Plain:
+    """Points with the intervals of their AUC, and of x where they have `ends`; numbered, for they lie close together."""
+    values: list[Plain] = []
+    for n, point in enumerate(points, 1):
+        left, right = point.get("ends", (point["x"], point["x"]))
+        auc, low, high = point["auc"]
+        values.append(
+            {"n": str(n), "left_side": n % 2 == 0, "s": f"{n}  {point['name']}", "tip": point["tip"], "cross": point.get("cross", False)}
+            | {"x": point["x"], "left": left, "right": right, "auc": auc, "low": low, "high": high}
+        )
+    x = {"field": "x", "type": "quantitative"} | x
+    y: Plain = {"field": "auc", "type": "quantitative", "title": y_title, "scale": {"zero": False, "nice": True}}
+    shape = {"field": "cross", "type": "nominal", "legend": None, "scale": {"domain": [False, True], "range": ["circle", "cross"]}}
     bar = {"type": "rule", "strokeWidth": 1.5, "color": SERIES[0], "opacity": 0.35}
-    called = [v["s"] for v in values]  # names stand in the legend, for points lie close together
+    called = [v["s"] for v in values]  # names stand in the legend
     colour = {"field": "s", "type": "nominal", "legend": {"symbolSize": 0, "columns": 2}}
     colour |= {"scale": {"domain": called, "range": [SERIES[0]] * len(called)}}
     layers: list[Plain] = [
@@ -135,10 +150,9 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
         {"mark": dict(bar), "encoding": {"x": x | {"field": "left"}, "x2": {"field": "right"}, "y": y}},
         {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}}
         | {"encoding": {"x": x, "y": y, "color": colour, "shape": shape, "description": {"field": "tip"}}},
-        {"mark": {"type": "text", "align": "left", "dx": 5, "dy": -7}, "encoding": {"x": x, "y": y, "text": {"field": "n"}}},
     ]
-    alt = f"AUC of the strongest attack against {MEASURES[measure]}; " + "; ".join(v["tip"] for v in values)
-    caption = "Lower left is better. Means over targets with 95% intervals; a cross marks models that have not learned."
-    columns = (factor.key, "strongest attack", "AUC", "low", "high", measure, "low", "high")
-    key = f"{factor.name}-{measure}"
-    return Figure(key, f"AUC against {MEASURES[measure]}", caption, alt + ".", sheet(values, 300, layers, {}), columns, rows)
+    for side, align, dx in ((False, "left", 5), (True, "right", -5)):
+        where = [{"filter": f"datum.left_side == {str(side).lower()}"}]
+        text = {"mark": {"type": "text", "align": align, "dx": dx, "dy": -7}, "encoding": {"x": x, "y": y, "text": {"field": "n"}}}
+        layers.append({"transform": where, **text})
+    return sheet(values, 300, layers, {})

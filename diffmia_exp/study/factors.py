@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,12 @@ def difference(before: Level, after: Level) -> tuple[Estimate | None, bool]:
     a, b = before.aucs, after.aucs
     if min(len(a), len(b)) < 2:
         return None, False
-    same = [run.images for run in before.runs] == [run.images for run in after.runs]
-    test = stats.ttest_rel(b, a) if same else stats.ttest_ind(b, a, equal_var=False)
-    low, high = test.confidence_interval(0.95)
-    return (float(np.mean(b) - np.mean(a)), float(low), float(high)), same
+    if [run.images for run in before.runs] == [run.images for run in after.runs]:
+        mean, (low, high) = intervals.mean_interval(np.subtract(b, a))
+        return (mean, low, high), True
+    mean = float(np.mean(b) - np.mean(a))
+    if np.ptp(a) == np.ptp(b) == 0:
+        return (mean, mean, mean), False
+    with warnings.catch_warnings(category=RuntimeWarning, action="ignore"):  # that one end is the same for all targets, as an AUC of 1 is
+        low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    return (mean, float(low), float(high)), False
