@@ -306,7 +306,7 @@ class Experiment:
             "held_out": self.images.where(self.members(self.held_out)).fingerprint,
             "public": self.images.where(self.split.public).fingerprint,
             "precision": self.evaluation.precision,
-        }
+        } | self.served(self.target_index)
 
     def comparable(self) -> Plain:
         """What must agree where runs are averaged (`split`, `data_fingerprint`) or compared image by image (`audited_fingerprint`)."""

@@ -314,6 +314,17 @@ def test_it_is_measured_once_for_all_attacks(measured: tuple[Path, Any, Any], ca
     assert line.endswith(f"(Pixels, 8 generated, {first['utility']['n_reference']} real)")
 
 
+def test_what_a_service_does_to_its_images_is_seen(measured: tuple[Path, Any, Any]) -> None:
+    out, _, result = measured
+    noisy = quick(out, "attack=loss", *ON, "defense=output_perturbation", "defense.sigma=0.5")
+    assert noisy["train_key"] == result["train_key"]
+    drawn = [np.load(path)["images"] for path in out.glob("samples/*/samples.npz")]
+    assert sum(len(images) == 8 for images in drawn) == 2, "those of the model, and those that the service gives"
+    same = {key for key in noisy["utility"] if noisy["utility"][key] == result["utility"][key]}
+    assert "kid" not in same
+    assert {"loss_members", "loss_heldout", "learned"} <= same
+
+
 def test_public_images_stand_beside_the_held_out_ones(measured: tuple[Path, Any, Any]) -> None:
     out, bare, _ = measured
     public = quick(out, "attack=loss", *ON, "utility.heldout=public", "split.public=20")
