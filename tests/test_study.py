@@ -121,7 +121,11 @@ def test_the_front_shows_the_strongest_attack_against_what_the_models_are_worth(
         for target in range(3):
             cell = building.config(attack, target_index=target)
             where = building.write(
-                tmp_path / "runs", cell, effect, files=False, utility=worth | {"kid": 1 + 0.1 * target, "learned": False}
+                tmp_path / "runs",
+                cell,
+                effect,
+                files=False,
+                utility=worth | {"kid": 1 + 0.1 * target, "loss_heldout": 0.3, "learned": False},
             )
             cells.append(["defense=flip", f"attack={attack}", "threat_model=gray_box", f"split.target_index={target}"])
             grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
@@ -136,6 +140,14 @@ def test_the_front_shows_the_strongest_attack_against_what_the_models_are_worth(
     assert [figure.key for figure in drawing.figures(factor)] == ["defense", "defense-kid", "defense-loss_heldout"]
     assert "| *KID* | 0.5 [0.5, 0.5] | 1.1 [" in writing.to_markdown([factor])
     assert drawn.png()[:4] == b"\x89PNG"
+
+
+def test_models_that_a_factor_leaves_alone_have_no_front_and_their_worth_is_not_told_again(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_service", "defense.variations", {"1": 2.0, "3": 2.0}, utility={"kid": 0.5, "loss_heldout": 0.2})
+    (factor,) = factors.read_all(tmp_path)
+    assert [figure.key for figure in drawing.figures(factor)] == ["service"]
+    assert "KID" not in (text := writing.to_markdown([factor]))
+    assert "→" not in text, "and what it does is nothing"
 
 
 def test_grids_of_one_experiment_that_differ_in_settings_are_not_averaged(tmp_path: Path) -> None:

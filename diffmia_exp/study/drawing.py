@@ -66,7 +66,8 @@ def figure(factor: Factor) -> Figure:
 
 def figures(factor: Factor) -> list[Figure]:
     """Every figure that a factor's runs give reason to draw."""
-    fronts = [] if factor.numeric else [front(factor, measure) for measure in MEASURES]
+    traded = not factor.numeric or factor.key.startswith("defense.")
+    fronts = [front(factor, measure) for measure in MEASURES if traded and factor.worth(measure)]
     return [figure(factor), *(drawn for drawn in fronts if drawn)]
 
 

@@ -87,6 +87,11 @@ class Factor:
         """What its values are, for people."""
         return "epochs of training" if self.key == "snapshot" else self.key
 
+    def worth(self, measure: str) -> dict[str, Estimate | None]:
+        """A measure of utility by the text of the values; empty where it is the same at all, as where the models are not touched."""
+        at = {level.text: level.utility(measure) for levels in self.attacks.values() for level in levels}
+        return at if len(set(at.values())) > 1 else {}
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -165,11 +170,11 @@ def _levels(runs: dict[str, list[Run]], order: Sequence[str]) -> tuple[Level, ..
 
 
 def effects(factor: Factor) -> list[Effect]:
-    """What the factor does: from the smallest to the largest number, or from the first name to each other one."""
+    """What the factor does: from the smallest to the largest number, or from the first name to each other one; not where it is nothing."""
     made = []
     for attack, levels in factor.attacks.items():
         for after in levels[-1:] if factor.numeric else levels[1:]:
-            if after is not levels[0]:
+            if after is not levels[0] and after.aucs != levels[0].aucs:
                 made.append(Effect(attack, levels[0], after, *difference(levels[0], after)))
     return made
 

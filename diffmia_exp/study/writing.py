@@ -25,8 +25,7 @@ def to_markdown(found: Sequence[Factor]) -> str:
             at = {level.text: interval(level.auc) for level in levels}
             parts.append(f"| {attack} | {' | '.join(at.get(value, '') for value in values)} |")
         for measure, called in MEASURES.items():
-            worth = {level.text: level.utility(measure) for levels in factor.attacks.values() for level in levels}
-            if any(worth.values()):
+            if worth := factor.worth(measure):
                 told = ["" if (w := worth.get(value)) is None else f"{w[0]:.3g} [{w[1]:.3g}, {w[2]:.3g}]" for value in values]
                 parts.append(f"| *{called}* | {' | '.join(told)} |")
         parts.append("")
