@@ -34,7 +34,7 @@ class Level:
     def number(self) -> float | None:
         """Where it lies on an axis of numbers; None for a name. A snapshot lies at its epochs."""
         if self.value.startswith("snapshot="):
-            return float(np.mean([run.metrics["epochs"] for run in self.runs]))
+            return float(f"{np.mean([run.metrics['epochs'] for run in self.runs]):.3g}")
         try:
             return float(self.value.split("=", 1)[1])
         except ValueError:
