@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,22 @@ def test_of_many_attacks_the_strongest_are_drawn_and_all_are_in_the_table(tmp_pa
     }
     assert "2 weaker attacks are in the table only" in writing.to_markdown([factor])
     assert len(drawn.rows) == 16
+
+
+def test_the_strongest_at_a_value_is_drawn_however_weak_and_values_keep_their_order(tmp_path: Path) -> None:
+    folder, cells = tmp_path / "sweeps" / "study_threat_model-2026-01-02_03-04-05-678901", []
+    for n, attack in ((8, "knn"), *enumerate(("loss", "pia", "pian", "sima", "secmi", "multi_loss", "pfami"))):
+        for access in ("samples_only", "gray_box") if attack == "knn" else ("gray_box",):
+            cell = building.config(attack, access)
+            where = building.write(tmp_path / "runs", cell, 3 - 0.35 * n, files=False)
+            cells.append([f"threat_model={access}", f"attack={attack}", "split.target_index=0"])
+            grid.ended(folder / str(len(cells) - 1), status="done", cached=False, run=where.name)
+    grid.plan(folder, cells, [], [])
+    (factor,) = factors.read_all(tmp_path)
+    values = drawing.figure(factor).spec["data"]["values"]
+    assert {v["x"] for v in values if v["s"] == "knn"} == {"samples_only", "gray_box"}
+    assert len({v["s"] for v in values}) == 6
+    assert '["samples_only", "gray_box"]' in json.dumps(drawing.figure(factor).spec)
 
 
 def test_every_attack_is_drawn_once_against_its_model_evaluations(tmp_path: Path) -> None:

@@ -21,8 +21,13 @@ BUDGET = ("threat_model", "noises", "variations")
 
 
 def figure(factor: Factor) -> Figure:
-    """AUC along the factor, with intervals over targets; of many attacks, of those with the highest AUC at any value."""
-    best = sorted(factor.attacks, key=lambda attack: -max(level.auc[0] for level in factor.attacks[attack]))
+    """AUC along the factor, with intervals over targets; of many attacks, of the strongest at each value and then the strongest of all."""
+    at_values: dict[str, dict[str, float]] = {}
+    for attack, levels in sorted(factor.attacks.items(), key=lambda of: -len(of[1])):  # those that know all values first
+        for level in levels:
+            at_values.setdefault(level.text, {})[attack] = level.auc[0]
+    strongest = {max(at, key=lambda attack: at[attack]) for at in at_values.values()}
+    best = sorted(factor.attacks, key=lambda attack: (attack not in strongest, -max(level.auc[0] for level in factor.attacks[attack])))
     shown = {attack: factor.attacks[attack] for attack in best[: len(SERIES)]}
     values = [
         {"s": attack, "x": level.number if factor.numeric else level.text, "auc": level.auc[0], "low": level.auc[1], "high": level.auc[2]}
@@ -37,7 +42,7 @@ def figure(factor: Factor) -> Figure:
         x |= {"type": "quantitative", "scale": {"type": "log" if wide else "linear", "nice": False, "zero": False, "padding": 10}}
         x |= {"axis": {"grid": False, "values": sorted(set(at)), "format": ".6~g", "labelOverlap": True}}
     else:
-        x |= {"type": "nominal", "sort": None, "axis": {"labelAngle": -30}}
+        x |= {"type": "nominal", "sort": list(at_values), "axis": {"labelAngle": -30}}
     y = {"field": "auc", "type": "quantitative", "title": "AUC", "scale": {"zero": False, "nice": True}}
     names = list(shown)
     kind, legend = {"field": "s", "type": "nominal"}, {"symbolType": "stroke", "symbolSize": 500}
