@@ -23,7 +23,7 @@ def seconds(nodes: int) -> float:
         work = ["debug=quick", "attack=lira", f"split.n_models={MODELS}", "stage=train", f"training.steps={STEPS}", "evaluation=bare"]
         line = [sys.executable, "run.py", *small, *work, "training.batch_size=32", f"output_dir={out}"]
         process = subprocess.Popen(line, cwd=cluster.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        begun = None
+        begun = ended = None
         while process.poll() is None:
             if begun is None and cluster.call("squeue", "-h", "-t", "RUNNING"):
                 begun = time.monotonic()
@@ -35,7 +35,7 @@ def seconds(nodes: int) -> float:
         assert process.returncode == 0
         assert len(list(Path(out).glob("models/*/DONE"))) == MODELS
         assert begun is not None
-        return ended - begun
+        return (ended or time.monotonic()) - begun  # it may have ended between two looks at the queue
 
 
 if __name__ == "__main__":
