@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffmia_exp import ranks, runs
+from diffmia_exp.defenses.base import Defense
 from diffmia_exp.errors import ConfigError, UserError, whole
 from diffmia_exp.threat_models import GrayBox, enough, level_of
 
@@ -51,7 +52,7 @@ def part(e: Experiment) -> tuple[int, int] | None:
 
 
 def devices(e: Experiment) -> None:
-    """Refuse devices that cannot be launched from here, or that the batch does not divide over."""
+    """Refuse devices that cannot be launched from here, that the batch does not divide over, or that the defence cannot train on."""
     try:
         e.trainer.check_launch(ranks.count())
     except ConfigError as error:
@@ -59,6 +60,9 @@ def devices(e: Experiment) -> None:
     if (world := e.trainer.world) is not None and e.recipe.batch_size % world:
         must = f"must be a multiple of {world}, the number of devices (trainer.devices times trainer.num_nodes)"
         raise ConfigError("training.batch_size", e.recipe.batch_size, must)
+    if e.trainer.strategy == "fsdp" and type(e.defense).lit is not Defense.lit:
+        must = f"cannot be had with defense={e.config['defense']['name']}, which trains in its own way; use trainer=ddp or gpu"
+        raise ConfigError("trainer.strategy", "fsdp", must)
 
 
 def defense(e: Experiment) -> None:

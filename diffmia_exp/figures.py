@@ -16,10 +16,10 @@ from diffmia_exp.scores import ScoreTable
 MEMBER, HELD_OUT, INK = "#c2410c", "#1d4ed8", "#334155"
 
 
-def _axes(width: float, height: float, left: float = 0.75, bottom: float = 0.55, top: float = 0.35) -> tuple[Figure, Axes]:
+def _axes(width: float, height: float, left: float = 0.75, bottom: float = 0.55) -> tuple[Figure, Axes]:
     """A figure and its axes, in inches: margins that are known take half of the time of margins that are measured."""
     figure = Figure(figsize=(width, height), dpi=120)
-    axes = figure.add_axes((left / width, bottom / height, (width - left - 0.15) / width, (height - bottom - top) / height))
+    axes = figure.add_axes((left / width, bottom / height, (width - left - 0.15) / width, (height - bottom - 0.35) / height))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
     return figure, axes

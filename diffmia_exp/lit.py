@@ -159,7 +159,8 @@ class LitDiffusion(pl.LightningModule):
 
     def current(self) -> dict[str, State]:
         """The weights as they are now, `raw` and `ema`; asked of all ranks together."""
-        return {"raw": sharding.whole(self.diffusion.net), "ema": sharding.whole(self.ema)}
+        whole = torch.nn.Module.state_dict if self.device_mesh is None else sharding.whole
+        return {"raw": whole(self.diffusion.net), "ema": whole(self.ema)}
 
     def facts(self) -> Plain:
         """What `training.json` is to say of the defence, once the training is over."""
@@ -384,8 +385,6 @@ def train(
     module = made(diffusion, pixels, recipe, seed, model_index)
     if n > 1 and not module.parallel:
         raise ConfigError("trainer.devices", options.devices, f"must be 1 with this defence; there are {n} devices")
-    if options.strategy == "fsdp" and type(module) is not LitDiffusion:
-        raise ConfigError("trainer.strategy", "fsdp", "cannot be had with a defence that trains in its own way; use trainer=ddp")
     started = time.monotonic()
     others = multiprocessing.active_children()
     try:

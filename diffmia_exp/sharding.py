@@ -35,11 +35,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole(net: nn.Module) -> dict[str, Tensor]:
-    """The weights of `net`; of a sharded one on the first rank, with all ranks taking part, and nothing on the others."""
-    from torch.distributed.tensor import DTensor
-
-    if not any(isinstance(p, DTensor) for p in net.parameters()):
-        return net.state_dict()
+    """The weights of a sharded `net`, on the first rank; nothing on the others, which take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -77,6 +77,13 @@ BEFORE_TRAINING: Mistakes = {
     "budget below the cost": ("threat_model.query_budget=1", [("threat_model.query_budget=1", "must be at least 2")]),
     "too little access": ("threat_model=samples_only", [("threat_model=samples_only", "use threat_model=gray_box or white_box")]),
     "learning rate": ("-m training.lr=-1,0,fast", [(f"training.lr={lr}", "must be a number above 0") for lr in ("-1", "0", "fast")]),
+    "FSDP and a defence that trains in its own way": (
+        "-m trainer=fsdp trainer.devices=1 defense=dual_md,early_stopping",
+        [
+            ("trainer.strategy=fsdp", "cannot be had with defense=dual_md, which trains in its own way; use trainer=ddp or gpu"),
+            ("trainer.strategy=fsdp", "cannot be had with defense=early_stopping"),
+        ],
+    ),
     "batch size": (
         "-m training.batch_size=-4,0,7 trainer.devices=2",
         [

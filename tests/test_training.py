@@ -140,16 +140,6 @@ def test_two_processes_train_the_same_model(tmp_path: Path, undisturbed: Path) -
     assert apart < 0.02 * moved
 
 
-def test_what_trains_in_its_own_way_is_refused_in_parts(tmp_path: Path) -> None:
-    class Own(LitDiffusion):
-        pass
-
-    diffusion, options = Diffusion(random_net(0), linear(1000)), TrainerOptions(accelerator="cpu", strategy="fsdp")
-    with pytest.raises(ConfigError, match=r"trainer\.strategy=fsdp: cannot be had with a defence that trains in its own way"):
-        lit.train(tmp_path, diffusion, pixels(), RECIPE, options, seed=0, made=Own)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path: Path) -> None:
     options = TrainerOptions(accelerator="cpu", devices=2, strategy="ddp_spawn")
     with pytest.raises(ConfigError, match=r"^training.batch_size=15: must divide over 2 devices$"):
