@@ -7,14 +7,11 @@ on from its last checkpoint and ends with the same bits, and a run on more devic
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import logging
 import multiprocessing
-import os
 import time
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +23,11 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffmia_exp import ranks, sharding
+from diffmia_exp.checkpoints import KeepWeights, State, resumable
 from diffmia_exp.claims import write_atomic
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Ids, Pixels
@@ -43,11 +40,6 @@ from diffmia_exp.progress import Bar
 from diffmia_exp.recipe import OPTIMIZERS, Recipe, TrainerOptions
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "last.ckpt"
-
-State = dict[str, Tensor]
-"""A network's state dict."""
 
 
 class LitDiffusion(pl.LightningModule):
@@ -198,57 +190,6 @@ class LitDiffusion(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
 
-class KeepWeights(pl.Callback):
-    """Checkpoints to resume from, snapshots, and the final weights, all below one folder.
-
-    Args:
-        folder: the store's.
-        every: steps between two checkpoints.
-    """
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self.every = folder, every
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where training resumes from."""
-        return self.folder / CHECKPOINT
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        assert isinstance(module, LitDiffusion)
-        step = trainer.global_step
-        if step in module.recipe.snapshots:
-            weights = module.current()
-            if trainer.is_global_zero:
-                save_weights(weights, self.folder, f"step{step:07d}-")
-        if step % self.every == 0 and not module.over(step):
-            self.save(trainer)
-
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint, so that it is whole or as it was; all ranks together."""
-        if not self.folder.is_dir():  # Lightning would make it anew, in what is left of a lost file system
-            raise OSError(errno.ESTALE, "the folder has vanished", str(self.folder))
-        unfinished = self.checkpoint.with_suffix(f".{os.getpid()}.tmp")  # of this process alone, should another think it is its turn
-        trainer.save_checkpoint(unfinished)
-        if trainer.is_global_zero:
-            os.replace(unfinished, self.checkpoint)
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, LitDiffusion)
-        if module.over(trainer.global_step):
-            weights = module.outcome()
-            if trainer.is_global_zero:
-                save_weights(weights, self.folder)
-
-
-def save_weights(weights: dict[str, State], folder: Path, prefix: str = "") -> None:
-    """Weights as safetensors, by their names."""
-    for name, state in weights.items():
-        path = folder / f"{prefix}{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-
-
 class Progress(pl.Callback):
     """What is trained, how far it is, the smoothed loss, the time left. The loss also goes to the logger."""
 
@@ -278,22 +219,6 @@ class Progress(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.bar.close()
-
-
-def resumable(folder: Path) -> bool:
-    """Whether there is a checkpoint to go on from. A damaged one is removed, with a warning."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return False
-    try:
-        with zipfile.ZipFile(path) as content:
-            damaged = content.testzip() is not None  # torch itself does not look at the checksums
-    except zipfile.BadZipFile:
-        damaged = True
-    if damaged:
-        log.warning("%s: the checkpoint is damaged; training begins anew", path)
-        path.unlink()
-    return not damaged
 
 
 def _end(children: list[Any]) -> None:

@@ -79,9 +79,9 @@ class Workshop:
         key = e.stores["models"].key(spec)
 
         def make(folder: Path) -> None:
-            from diffmia_exp import lit  # seconds to import
+            from diffmia_exp import checkpoints, lit  # seconds to import
 
-            resume = lit.resumable(folder)
+            resume = checkpoints.resumable(folder)
             if index is not None:
                 self.ranks.call(index, resume)
             options = e.trainer if index is not None else e.trainer.alone()

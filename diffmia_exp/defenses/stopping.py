@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmia_exp.checkpoints import State
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images
 from diffmia_exp.diffusion import Diffusion, given
 from diffmia_exp.errors import UserError
-from diffmia_exp.lit import LitDiffusion, State
+from diffmia_exp.lit import LitDiffusion
 from diffmia_exp.noise import derive, gaussian, generator
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffmia_exp import lit
+from diffmia_exp import checkpoints, lit
 from diffmia_exp.config import checked
 from diffmia_exp.data import Images, digits
 from diffmia_exp.defenses.early_stopping import EarlyStopping
@@ -120,7 +120,7 @@ def test_a_kill_changes_no_bit(step: int, stopped: Path, tmp_path: Path) -> None
     assert weights(tmp_path) == weights(stopped)
     assert facts(tmp_path)["resumed"]
     assert facts(tmp_path)["defense"] == facts(stopped)["defense"]
-    assert not (tmp_path / lit.CHECKPOINT).exists()
+    assert not (tmp_path / checkpoints.CHECKPOINT).exists()
 
 
 def test_two_processes_stop_at_the_same_step(stopped: Path, tmp_path: Path) -> None:
