@@ -17,25 +17,22 @@ IDEAL = 0.85
 
 
 def seconds(nodes: int) -> float:
-    """Wall time of the array, from the first task's start to the last one's end: what is before is Python and SLURM waking up."""
+    """Wall time of the array, from the first task's start to the last model's end: what is around is Python and SLURM waking up."""
     with tempfile.TemporaryDirectory() as out:
         small = ["cluster=slurm", "cluster.cpus=1", "cluster.memory_gb=null", f"cluster.parallel={nodes}", "tracking=none"]
         work = ["debug=quick", "attack=lira", f"split.n_models={MODELS}", "stage=train", f"training.steps={STEPS}", "evaluation=bare"]
         line = [sys.executable, "run.py", *small, *work, "training.batch_size=32", f"output_dir={out}"]
         process = subprocess.Popen(line, cwd=cluster.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        begun = ended = None
+        begun = None
         while process.poll() is None:
             if begun is None and cluster.call("squeue", "-h", "-t", "RUNNING"):
-                begun = time.monotonic()
-            if begun is not None and not cluster.call("squeue", "-h"):
-                ended = time.monotonic()
-                process.wait()
-                break
+                begun = time.time()
             time.sleep(0.2)
         assert process.returncode == 0
-        assert len(list(Path(out).glob("models/*/DONE"))) == MODELS
+        ends = [done.stat().st_mtime for done in Path(out).glob("models/*/DONE")]
+        assert len(ends) == MODELS
         assert begun is not None
-        return (ended or time.monotonic()) - begun  # it may have ended between two looks at the queue
+        return max(ends) - begun
 
 
 if __name__ == "__main__":
