@@ -59,8 +59,10 @@ def _work(experiment: Experiment, workshop: Workshop, text: io.StringIO) -> runs
         with runs.exclusively(folder):
             result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())  # by another process meanwhile
             if result is None:
+                from diffmia_exp import results  # seconds to import, and a cached run needs none of it
+
                 with runs.writing(folder, text) as unfinished:
-                    result = runs.write(unfinished, folder.name, workshop)
+                    result = results.write(unfinished, folder.name, workshop)
                     runs.alarm(text, result["unsound"])
     result.folder = folder
     return result

@@ -12,34 +12,17 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import yaml
 
-from diffmia_exp import __version__, claims
+from diffmia_exp import claims
 from diffmia_exp.config import Plain
 from diffmia_exp.errors import ConfigError
-from diffmia_exp.scores import ScoreTable
 from diffmia_exp.store import digest, sha256
 
-if TYPE_CHECKING:
-    from diffmia_exp.audit import Bound
-    from diffmia_exp.experiment import Experiment
-    from diffmia_exp.workshop import Workshop
-
 log = logging.getLogger(__name__)
-
-MOST_EXPOSED, LEAST_EXPOSED = 32, 16
-"""Members that exposed.npz shows."""
-
-AUDIT_SHARES = (1, 2, 4, 8, 16)
-"""The one-run audit guesses all images, or one in two, .., the surest ones; its bound is corrected for taking the best."""
-
-LIBRARIES = ("torch", "pytorch-lightning", "diffusers", "numpy", "scikit-learn")
 
 
 class Result(dict[str, Any]):
@@ -173,147 +156,3 @@ def identity(config: Plain) -> Plain:
         "defense": config["defense"].get("name", "?"),
         "seed": config["seed"],
     }
-
-
-def write(folder: Path, name: str, workshop: Workshop) -> Result:
-    """Write everything that a run folder holds; metrics.json comes last."""
-    from diffmia_exp import controls, figures, metrics, selection  # seconds to import, and a cached run needs none of them
-
-    experiment = workshop.experiment
-    entry = workshop.scores()
-    table = ScoreTable.load(entry / "scores.parquet")
-    facts = json.loads((entry / "facts.json").read_text())
-    training = facts["training"]
-    config = experiment.config
-    defended = "" if config["defense"].get("name") == "none" else f", defense {config['defense'].get('name', '?')}"
-    title = f"{config['attack']['name']}, {config['threat_model']['name']}, {config['dataset']['name']}{defended}, seed {experiment.seed}"
-    shutil.copyfile(entry / "scores.parquet", folder / "scores.parquet")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    figures.roc(folder / "roc.png", table, title)
-    figures.histogram(folder / "scores.png", table, title)
-    figures.samples(folder / "samples.png", workshop.preview(), experiment.images.pixels[experiment.keep])
-    memorisation = workshop.memorisation()
-    shutil.copyfile(memorisation / "near_copies.npz", folder / "near_copies.npz")
-    with np.load(folder / "near_copies.npz", allow_pickle=False) as pairs:
-        figures.near_copies(folder / "near_copies.png", pairs["generated"], pairs["training"], pairs["ratio"])
-    _save_exposed(folder / "exposed.npz", table, experiment)
-    chosen = next(c for c in experiment.candidates if c.settings == facts["selection"]["settings"])
-    found, private = controls.run(workshop, table, chosen), privacy(experiment, table, training)
-    if private and private["refuted"]:
-        found |= {"sound": False, "unsound": [private["refuted"], *found["unsound"]]}
-    result = Result(
-        {"status": "done", "name": name}
-        | identity(config)
-        | experiment.comparable()
-        | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
-        | _by_copies(experiment, table)
-        | found
-        | {"memorisation": json.loads((memorisation / "memorisation.json").read_text())}
-        | ({} if experiment.utility is None else {"utility": workshop.utility()})
-        | ({"privacy": private} if private else {})
-        | facts["cost"]
-        | {
-            "weights": experiment.weights,
-            "snapshot": experiment.snapshot,
-            "selection": facts["selection"],
-            "epsilon": epsilon(experiment, table, facts["selection"].get("thresholds", {})),
-            "transfer": selection.transferred(table.is_member, table.score, facts["selection"].get("thresholds", {})),
-            "train_key": experiment.key(experiment.target_index),
-            "run_key": experiment.run_key(),
-            "epochs": _epochs(training, experiment),
-            "train_seconds": training.get("seconds"),
-            "parameters": training.get("parameters"),
-            "duplicates_across_split": experiment.duplicates,
-            "scores_sha256": sha256(folder / "scores.parquet"),
-            "versions": {"diffmia_exp": __version__} | {library: version(library) for library in LIBRARIES},
-        }
-    )
-    (folder / "metrics.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    log.info("AUC %.4f, 95%% interval [%.4f, %.4f]", result["auc"], *result["auc_ci"])
-    if not result.get("utility", {}).get("learned", True):
-        log.warning("utility: the model has not learned: its loss is not clearly below that of a linear denoiser")
-    return result
-
-
-def epsilon(experiment: Experiment, table: ScoreTable, thresholds: dict[str, float | None]) -> Plain:
-    """Lower bounds of epsilon at `evaluation.delta`, by name, with `valid` and where need be `why` (not).
-
-    Args:
-        experiment: the cell.
-        table: its scores.
-        thresholds: those chosen on shadows, by FPR.
-    """
-    from diffmia_exp import audit
-
-    delta, bound = experiment.evaluation.delta, _audited(experiment, table, experiment.evaluation.delta)
-    if isinstance(bound, str):
-        return {"one_run": {"valid": False, "why": bound}}
-    out: Plain = {"one_run": asdict(bound) | {"valid": True}}
-    if chosen := [threshold for threshold in thresholds.values() if threshold is not None]:
-        bound = audit.classical(table.is_member, table.score, chosen, delta=delta)
-        out["classical"] = asdict(bound) | {"valid": None, "why": "presumes that the images of one training are independent trials"}
-    return out
-
-
-def _by_copies(experiment: Experiment, table: ScoreTable) -> Plain:
-    """`auc_by_copies`: of the members that are in the training set so many times, against all non-members; nothing without copies."""
-    from diffmia_exp import metrics
-
-    if experiment.split.copies is None:
-        return {}
-    copies, out = experiment.split.copies[experiment.audited], {}
-    for number in np.unique(copies[table.is_member]):
-        of = ~table.is_member | (copies == number)
-        area, interval = metrics.auc(table.is_member[of], table.score[of])
-        out[str(number)] = {"auc": area, "auc_ci": list(interval), "n_members": int(table.is_member[of].sum())}
-    return {"auc_by_copies": out}
-
-
-def privacy(experiment: Experiment, table: ScoreTable, training: Plain) -> Plain | None:
-    """What the accountant of a differentially private training says of the attacked weights, and what the audit says to that.
-
-    Returns:
-        what `training.json` has of it, with `epsilon` and `steps` those of the snapshot if one is attacked; `audited`, the one-run
-        audit's lower bound at the same delta, None where it is not valid; and `refuted`, a sentence if that is above epsilon.
-        None for a training without an accountant.
-    """
-    from diffmia_exp import audit
-
-    told = training.get("defense", {})
-    if "accountant" not in told:
-        return None
-    at = {k: v for k, v in told.items() if k != "snapshots"}
-    if experiment.snapshot is not None:
-        at |= {"epsilon": told["snapshots"][str(experiment.snapshot)], "steps": experiment.snapshot}
-    bound = _audited(experiment, table, at["delta"])
-    audited = None if isinstance(bound, str) else bound.epsilon
-    return at | {"audited": audited, "refuted": None if audited is None else audit.refuted(audited, at["epsilon"])}
-
-
-def _audited(experiment: Experiment, table: ScoreTable, delta: float) -> Bound | str:
-    """The bound of the audit with one training run; why not, where it is not valid."""
-    from diffmia_exp import audit
-
-    if experiment.config["split"]["_target_"] != "diffmia_exp.split.bernoulli":
-        return "the split did not include every image independently with probability 1/2, as split=bernoulli does"
-    if len(table.score) < experiment.split.pool[experiment.target_index].sum():
-        return "evaluation.drop_duplicates left out images by their membership"
-    images = len(table.score)
-    guesses = sorted({max(2, images // share // 2 * 2) for share in AUDIT_SHARES})
-    return audit.one_run(table.is_member, table.score, guesses, bernoulli=True, delta=delta, seed=experiment.seed)
-
-
-def _save_exposed(path: Path, table: ScoreTable, experiment: Experiment) -> None:
-    """The members with the highest and the lowest scores, highest first: `sample_id`, `score`, `images`."""
-    order = np.argsort(-table.score, kind="stable")
-    members = order[table.is_member[order]]
-    members = np.concatenate([members[:MOST_EXPOSED], members[MOST_EXPOSED:][-LEAST_EXPOSED:]])
-    images = experiment.images.pixels[np.flatnonzero(experiment.audited)[members]]
-    np.savez(path, allow_pickle=False, sample_id=table.sample_id[members], score=table.score[members], images=images)
-
-
-def _epochs(training: Plain, experiment: Experiment) -> float | None:
-    if not training:
-        return None
-    share = 1.0 if experiment.snapshot is None else experiment.snapshot / training["steps"]
-    return float(training["epochs"] * share)

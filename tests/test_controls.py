@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
-from diffmia_exp import audit, blind, controls, metrics, runs
+from diffmia_exp import audit, blind, controls, epsilon, metrics
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.experiment import Experiment
@@ -285,7 +285,7 @@ def test_epsilon_is_bounded_for_coin_flips_alone(tmp_path: Path) -> None:
         e.load()
         score = e.keep[e.audited] + np.random.default_rng(0).normal(size=e.audited.sum()) / 4
         scores = ScoreTable(e.images.sample_id[e.audited], e.keep[e.audited], score)
-        return e, scores, runs.epsilon(e, scores, {"0.1": 0.5, "0.001": None})
+        return e, scores, epsilon.bounds(e, scores, {"0.1": 0.5, "0.001": None})
 
     e, scores, found = bounds()
     assert found["one_run"]["valid"] is True
@@ -294,14 +294,14 @@ def test_epsilon_is_bounded_for_coin_flips_alone(tmp_path: Path) -> None:
     assert found["one_run"]["epsilon"] == pytest.approx(max(bound.epsilon for bound in each), rel=1e-9)
     assert found["one_run"]["epsilon"] > 1
     assert (found["classical"]["valid"], found["classical"]["tried"]) == (None, 1)
-    assert list(runs.epsilon(e, scores, {})) == ["one_run"]
-    assert runs.epsilon(e, scores, {}) == json.loads(json.dumps(runs.epsilon(e, scores, {}), allow_nan=False))
+    assert list(epsilon.bounds(e, scores, {})) == ["one_run"]
+    assert epsilon.bounds(e, scores, {}) == json.loads(json.dumps(epsilon.bounds(e, scores, {}), allow_nan=False))
     refused = bounds("split=exact")[2]
     assert list(refused) == ["one_run"]
     assert refused["one_run"]["valid"] is False
     assert "split=bernoulli" in refused["one_run"]["why"]
     fewer = ScoreTable(scores.sample_id[1:], scores.is_member[1:], scores.score[1:])
-    assert "drop_duplicates" in runs.epsilon(e, fewer, {})["one_run"]["why"]
+    assert "drop_duplicates" in epsilon.bounds(e, fewer, {})["one_run"]["why"]
 
 
 def test_the_smallest_audit_has_a_bound(full: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from scipy import integrate, stats
 from torch import Tensor, nn
 
-from diffmia_exp import audit, runs
+from diffmia_exp import audit, epsilon
 from diffmia_exp.config import build, checked
 from diffmia_exp.defenses.dp_sgd import DPSGD, ORDERS, Account, calibrated
 from diffmia_exp.diffusion import Diffusion, linear
@@ -293,7 +293,7 @@ def audited(folder: Path, experiment: Experiment) -> dict[str, Any]:
     with torch.no_grad():
         losses = [Diffusion(net, half).loss(x, t, torch.randn(x.shape, generator=g)) for _ in range(8)]
     table = ScoreTable(images.sample_id, experiment.keep[experiment.audited], -torch.stack(losses).mean(0).double().numpy())
-    told = runs.privacy(experiment, table, json.loads((folder / "training.json").read_text()))
+    told = epsilon.accounted(experiment, table, json.loads((folder / "training.json").read_text()))
     assert told is not None
     return told
 

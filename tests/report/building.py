@@ -1,4 +1,4 @@
-"""Run folders as `runs.write` leaves them, with made-up scores instead of a trained model's, so that many take a moment."""
+"""Run folders as `results.write` leaves them, with made-up scores instead of a trained model's, so that many take a moment."""
 
 from __future__ import annotations
 
