@@ -1,4 +1,4 @@
-"""Norms of the gradients of single samples with respect to every parameter tensor, for a whole batch in one pass.
+"""Gradients of single samples, for a whole batch in one pass: their norms for every parameter tensor, and their sum once clipped.
 
 A layer's weight gradient is a sum of outer products of its inputs a and of the gradients g at its outputs, over positions (pixels
 or tokens): dL/dW = sum_p g_p a_p^T. One forward and one backward pass of the batch give a and g of all samples; the products are
@@ -44,7 +44,22 @@ class Gradients:
     of_input: Tensor | None = None
 
 
-class _Unsupported(Exception):
+@dataclass(frozen=True)
+class Clipped:
+    """What `clipped` gives.
+
+    Args:
+        loss: [rows].
+        norms: [samples, P] before clipping, float64, for the P parameter tensors that require a gradient, in their order in the net.
+        total: the clipped gradients' sum, a tensor for each of them.
+    """
+
+    loss: Tensor
+    norms: Tensor
+    total: list[Tensor]
+
+
+class Unsupported(Exception):
     """The net cannot be taken apart into layers that are known here."""
 
 
@@ -74,13 +89,37 @@ def gradients(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], together: 
             chunk = [torch.cat([v, v[:1].expand(size - n, *v.shape[1:])]).detach() for v in chunk]
             try:
                 loss_n, norms_n, at_input_n = _by_layer(net, loss, chunk, together, of_input)
-            except _Unsupported:
+            except Unsupported:
                 loss_n, norms_n, at_input_n = _as_a_whole(net, loss, chunk, together, of_input)
             losses.append(loss_n[:n].detach().double())
             norms.append(norms_n[: n // together].double())
             if at_input_n is not None:
                 at_input.append(at_input_n[:n].double())
     return Gradients(torch.cat(losses), torch.cat(norms), torch.cat(at_input) if of_input else None)
+
+
+def clipped(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], most: float, together: int = 1) -> Clipped:
+    """Sum over samples of the gradients of their mean losses, each of which is scaled down to a norm of at most `most`.
+
+        sum_i g_i min(1, C / ||g_i||_2),    g_i over all parameters that require a gradient,
+
+    by one forward and two backward passes: the first gives the norms as in `gradients`, the second the gradient of the losses so
+    weighted (Lee, Kifer, "Scaling up Differentially Private Deep Learning with Fast Per-Example Gradient Clipping", PETS 2021, arXiv
+    2009.03106). No sample's gradient is ever formed as a whole.
+
+    Args:
+        net, loss, inputs, together: as in `gradients`; the rows are taken all at once.
+        most: C.
+
+    Raises:
+        Unsupported: if the net has parameters in other layers than `gradients` takes apart.
+    """
+    losses, norms, _ = _by_layer(net, loss, list(inputs), together, of_input=False, again=True)
+    norms = norms[:, [p.requires_grad for p in net.parameters()]]
+    weights = (most / norms.norm(dim=1)).clamp(max=1).to(losses.dtype).repeat_interleave(together)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    total = torch.autograd.grad((losses * weights).sum() / together, trained, materialize_grads=True)
+    return Clipped(losses.detach(), norms, list(total))
 
 
 @contextmanager
@@ -97,17 +136,19 @@ def _tracking(net: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def _by_layer(net: nn.Module, loss: Loss, inputs: list[Tensor], together: int, of_input: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss [rows], norms [samples, P], gradient at the first input) by hooks on the layers."""
+def _by_layer(
+    net: nn.Module, loss: Loss, inputs: list[Tensor], together: int, of_input: bool, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss [rows], norms [samples, P], gradient at the first input) by hooks on the layers; `again`: the loss's graph is kept."""
     layers = {module: name for name, module in net.named_modules() if any(True for _ in module.parameters(recurse=False))}
     names = [name for name, _ in net.named_parameters()]
     if any(not _known(module) for module in layers) or len(names) != sum(len(list(m.parameters(recurse=False))) for m in layers):
-        raise _Unsupported
+        raise Unsupported
     seen: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if module in seen or len(args) != 1 or len(args[0]) != len(inputs[0]):
-            raise _Unsupported
+            raise Unsupported
         seen[module] = args[0].detach(), get_gradient_edge(output)
 
     hooks = [module.register_forward_hook(record) for module in layers]
@@ -119,9 +160,9 @@ def _by_layer(net: nn.Module, loss: Loss, inputs: list[Tensor], together: int, o
             hook.remove()
     unseen = [p for module in layers if module not in seen for p in module.parameters(recurse=False)]
     wanted: list[Any] = [edge for _, edge in seen.values()] + [x] * of_input + unseen
-    got = list(torch.autograd.grad(losses.sum() / together, wanted, allow_unused=True))
+    got = list(torch.autograd.grad(losses.sum() / together, wanted, allow_unused=True, retain_graph=again))
     if any(g is not None for g in got[len(got) - len(unseen) :]):
-        raise _Unsupported  # a layer's weight is used without the layer being called
+        raise Unsupported  # a layer's weight is used without the layer being called
     samples = len(losses) // together
     norms = {name: losses.new_zeros(samples) for name in names}
     with torch.no_grad():

@@ -123,6 +123,31 @@ def test_norms_equal_autograd_on_one_sample_at_a_time(
     torch.testing.assert_close(found.loss, exact.loss(*inputs).detach(), rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("together", [1, 3])
+def test_clipped_gradients_equal_autograd_on_one_sample_at_a_time(name: str, together: int) -> None:
+    """The sum of what is left of each sample's gradient; a parameter that is not trained is no part of its norm."""
+    diffusion, inputs = case(name, torch.float64, 3, together)
+    parameters = list(diffusion.net.parameters())
+    parameters[1].requires_grad_(False)
+    if not NETS[name][1]:
+        with pytest.raises(per_sample.Unsupported):
+            per_sample.clipped(diffusion.net, diffusion.loss, tuple(inputs), 1.0, together)
+        return
+    trained = [p for p in parameters if p.requires_grad]
+    each = []
+    for rows in zip(*(v.split(together) for v in inputs), strict=True):
+        each.append(torch.autograd.grad(diffusion.loss(*rows).mean(), trained, materialize_grads=True))
+    norms = [float(torch.stack([g.norm() for g in grads]).norm()) for grads in each]
+    most = sorted(norms)[1] * 0.99  # one is not clipped
+    expected = [sum(g * min(1, most / norm) for g, norm in zip(of, norms, strict=True)) for of in zip(*each, strict=True)]
+    found = per_sample.clipped(diffusion.net, diffusion.loss, tuple(inputs), most, together)
+    torch.testing.assert_close(found.total, expected, rtol=1e-9, atol=1e-9 * most)
+    torch.testing.assert_close(found.norms.norm(dim=1), torch.tensor(norms, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.loss, diffusion.loss(*inputs).detach(), rtol=1e-9, atol=0)
+    assert all(p.grad is None for p in parameters)
+
+
 @pytest.mark.parametrize("name", ["unet", "parametrised"])
 def test_gradient_of_the_input(name: str) -> None:
     diffusion, inputs = case(name, torch.float64, 3, 2)

@@ -2,7 +2,7 @@
 
 Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang, "Deep Learning with Differential Privacy", CCS 2016 (arXiv 1607.00133);
 for diffusion models Dockhorn, Cao, Vahdat, Kreis, "Differentially Private Diffusion Models", 2023 (arXiv 2210.09929).
-Per-image gradients, clipping, noise and accounting are those of Opacus (the extra `dp`).
+Gradients are clipped by `per_sample.clipped`; noise and accounting are those of Opacus (the extra `dp`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class DPSGD(Defense):
         draws_per_image: K (noise multiplicity, Dockhorn et al., section 3.2), which costs no privacy.
         accountant: `rdp` (Mironov, Talwar, Zhang 2019, arXiv 1908.10530) or `prv` (Gopi, Lee, Wutschitz 2021, arXiv 2106.02848), which is
             tighter and slower.
-        physical_batch: evaluations whose gradients are in memory at a time; at least those of one image.
+        physical_batch: evaluations that are in memory at a time; at least those of one image.
     """
 
     accounts = True

@@ -1,19 +1,17 @@
-"""The training of `dp_sgd`: Poisson batches, and a step with Opacus's per-image gradients, clipping and noise."""
+"""The training of `dp_sgd`: Poisson batches, gradients clipped image by image, and a step with Opacus's noise."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from opacus.grad_sample.grad_sample_module import GradSampleHooks
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 from opacus.validators import ModuleValidator
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from diffmia_exp import per_sample
 from diffmia_exp.config import Plain
 from diffmia_exp.defenses.dp_sgd import DPSGD
 from diffmia_exp.errors import ConfigError
@@ -21,15 +19,7 @@ from diffmia_exp.lit import LitDiffusion
 from diffmia_exp.noise import derive
 
 AGREEMENT = 1e-3
-"""How far the gradient of an image may depend on the batch it is in, relative to its norm: rounding, and no more."""
-
-
-class PerImage(GradSampleHooks):
-    """Opacus's hooks, which leave the gradients of single images in `grad_sample`."""
-
-    def capture_activations_hook(self, module: nn.Module, forward_input: Sequence[Tensor], output: Tensor) -> None:
-        """Opacus 1.6.0 takes patches of a convolution's input as if it were contiguous; behind an attention layer it is not."""
-        super().capture_activations_hook(module, [v.contiguous() for v in forward_input], output)
+"""How far an image's gradient in a batch may be from its gradient alone, relative to the norm: rounding, and no more."""
 
 
 class LitDPSGD(LitDiffusion):
@@ -81,13 +71,10 @@ class LitDPSGD(LitDiffusion):
         total = torch.zeros((), device=self.device)
         slices = [slice(at, at + rows) for at in range(0, len(index), rows)] or [slice(0, 0)]
         for at in slices:
-            loss = self.loss(x0[at], t[at], noise[at], index[at]).sum() if len(index) else total
-            self._per_image(loss, len(index[at]) // K)
-            total += loss.detach()
+            total += self._accumulate(x0[at], t[at], noise[at], index[at])
             if at is not slices[-1]:  # clip and add up only
                 optimizer.signal_skip_step(do_skip=True)
                 optimizer.step()
-                optimizer.zero_grad()
         optimizer.signal_skip_step(do_skip=False)
         outer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -96,32 +83,27 @@ class LitDPSGD(LitDiffusion):
         scheduler.step()
         return total / max(1, len(index))
 
-    def _per_image(self, loss: Tensor, images: int) -> None:
-        """Leave in `grad_sample` [images, ..] the gradient of each image's mean loss, given the sum over all rows."""
-        if images:
-            _backward(loss)
-        for p in self._trained():
-            if not images:
-                p.grad_sample = p.new_zeros(0, *p.shape)
-            elif images < len(p.grad_sample):
-                p.grad_sample = p.grad_sample.unflatten(0, (images, -1)).mean(1)
+    def _accumulate(self, x0: Tensor, t: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """Leave the sum of the images' clipped gradients in `grad`; the sum of their losses. There may be no image."""
+        net, trained = self.diffusion.net, self._trained()
+        if not len(index):
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            return x0.new_zeros(())
+        found = per_sample.clipped(net, self.loss, (x0, t, noise, index), self.private.max_grad_norm, self.private.draws_per_image)
+        for p, grad in zip(trained, found.total, strict=True):
+            p.grad = grad
+        return found.loss.sum()
 
-    def _trained(self) -> list[Any]:
+    def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.diffusion.net.parameters() if p.requires_grad]
 
     def _derived(self, step: int, use: int) -> int:
         return derive(self.seed, "private", self.model_index, step, use)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._hooks = PerImage(self.diffusion.net, loss_reduction="sum", strict=False)
-
-    def on_fit_end(self) -> None:
-        self._hooks.cleanup()
-
-    def optimizer(self) -> DPOptimizer:
+    def optimizer(self) -> DPOptimizerFastGradientClipping:
         """The recipe's, which sees clipped and noised gradients alone."""
-        return DPOptimizer(
+        return DPOptimizerFastGradientClipping(
             super().optimizer(),
             noise_multiplier=self.account.noise_multiplier,
             max_grad_norm=self.private.max_grad_norm,
@@ -142,29 +124,18 @@ class LitDPSGD(LitDiffusion):
         g = torch.Generator().manual_seed(0)
         x, noise = torch.randn((2, 2, *self._pixels.shape[1:]), generator=g)
         t = torch.tensor([self.diffusion.T // 2, self.diffusion.T // 3])
-        parameters = self._trained()
         buffers = [b.clone() for b in net.buffers()]
-        hooks = PerImage(net, loss_reduction="sum", strict=False)
         for module in net.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
         try:
-            _backward(self.diffusion.loss(x, t, noise).sum())
-            found = [None if p.grad_sample is None else p.grad_sample[0] for p in parameters]
-        finally:
-            hooks.cleanup()
-            net.zero_grad()
+            norms = per_sample.clipped(net, self.diffusion.loss, (x, t, noise), self.private.max_grad_norm).norms[0]
+        except per_sample.Unsupported:
+            norms = torch.tensor(torch.nan)
         kept = any(not torch.equal(a, b) for a, b in zip(buffers, net.buffers(), strict=True))
-        alone = torch.autograd.grad(self.diffusion.loss(x[:1], t[:1], noise[:1]).sum(), parameters, allow_unused=True)
+        alone = torch.autograd.grad(self.diffusion.loss(x[:1], t[:1], noise[:1]).sum(), self._trained(), materialize_grads=True)
         net.train()
-        apart = [b if a is None else a - (0 if b is None else b) for a, b in zip(found, alone, strict=True)]
-        off = torch.stack([v.norm() for v in apart if v is not None]).norm()
-        if kept or any(v is None for v in found) or not off <= AGREEMENT * torch.stack([v.norm() for v in alone if v is not None]).norm():
+        expected = torch.stack([v.norm() for v in alone]).double()
+        if kept or not (norms - expected).norm() <= AGREEMENT * expected.norm():
             must = "cannot train this network: images do not have gradients of their own, or not of every layer; use other layers"
             raise ConfigError("defense", "dp_sgd", must)
-
-
-def _backward(loss: Tensor) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Full backward hook")  # of layers that see images or timesteps, which need no gradient
-        loss.backward()
