@@ -151,6 +151,22 @@ def test_models_that_a_factor_leaves_alone_have_no_front_and_their_worth_is_not_
     assert "→" not in text, "and what it does is nothing"
 
 
+def test_how_often_an_image_is_there_is_a_factor_of_its_own(tmp_path: Path) -> None:
+    by = {n: {"auc": auc, "auc_ci": [auc - 0.1, auc + 0.1], "n_members": 9} for n, auc in (("10", 0.875), ("1", 0.5), ("2", 0.75))}
+    swept_grid(tmp_path, "study_copies", "defense", {"none": 1.0, "deduplication": 0.5}, auc_by_copies=by)
+    whole, each = factors.read_all(tmp_path)
+    assert (whole.name, each.name, each.numeric) == ("copies", "copies-each", True)
+    assert list(each.attacks) == ["pia, gray_box, none", "pia, gray_box, deduplication"]
+    levels = each.attacks["pia, gray_box, none"]
+    assert [(level.number, level.auc[0]) for level in levels] == [(1, 0.5), (2, 0.75), (10, 0.875)]
+    assert [len(level.runs) for level in levels] == [3, 3, 3]
+    assert whole.attacks["pia, gray_box"][0].aucs == [run.metrics["auc"] for run in levels[0].runs]
+    effect = factors.effects(each)[0]
+    assert (effect.before.text, effect.after.text, effect.paired) == ("1", "10", True)
+    assert effect.difference is not None
+    assert effect.difference[0] == pytest.approx(0.375)
+
+
 def test_grids_of_one_experiment_that_differ_in_settings_are_not_averaged(tmp_path: Path) -> None:
     swept_grid(tmp_path, "study_weights", "weights", {"ema": 1.5, "raw": 0.7})
     again = tmp_path / "sweeps" / "study_weights-2026-01-02_04-00-00-000000"

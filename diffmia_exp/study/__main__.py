@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {e.name} is missing; the figures need pip install -e '.[report]'")
     except OSError as e:
         sys.exit(f"error: {e.filename}: cannot be written to ({e.strerror}); give another place with --out")
-    print(f"{out}: {len(found)} factors, {sum(len(level.runs) for f in found for ls in f.attacks.values() for level in ls)} runs")
+    runs = {run.folder for factor in found for levels in factor.attacks.values() for level in levels for run in level.runs}
+    print(f"{out}: {len(found)} factors, {len(runs)} runs")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from diffmia_exp import grid, intervals
+from diffmia_exp.config import Plain
 from diffmia_exp.errors import UserError
 from diffmia_exp.report.groups import Estimate, estimate
 from diffmia_exp.report.reading import NotDone, Run, read
@@ -29,6 +30,8 @@ class Level:
 
     value: str
     runs: tuple[Run, ...]
+    copies: str | None = None
+    """How many times the members that count are in the training set; None where all count."""
 
     @property
     def number(self) -> float | None:
@@ -48,12 +51,16 @@ class Level:
     @property
     def aucs(self) -> list[float]:
         """AUC of each run."""
-        return [float(run.metrics["auc"]) for run in self.runs]
+        return [float(found["auc"]) for found in self._found]
+
+    @property
+    def _found(self) -> list[Plain]:
+        return [run.metrics if self.copies is None else run.metrics["auc_by_copies"][self.copies] for run in self.runs]
 
     @property
     def auc(self) -> Estimate:
         """Mean AUC over targets with its 95% interval (Student's t), that of the one run where there is one only."""
-        return estimate(self.aucs, self.runs[0].metrics["auc_ci"])
+        return estimate(self.aucs, self._found[0]["auc_ci"])
 
     def utility(self, key: str) -> Estimate | None:
         """Mean of a measure of utility over targets with its 95% interval; None where it was not measured, or of one target only."""
@@ -116,7 +123,18 @@ def read_all(outputs: Path) -> list[Factor]:
     found = [factor for name, folders in sweeps.items() if (factor := _factor(name, folders, outputs)) is not None]
     if not found:
         raise UserError(f"{outputs}: holds no finished grid of a factor; python run.py experiment={PREFIX}members makes one")
-    return found
+    return [*found, *(by for factor in found if (by := by_copies(factor)) is not None)]
+
+
+def by_copies(factor: Factor) -> Factor | None:
+    """How many times an image is in the training set, as a factor of its own; None where every run has each image once."""
+    attacks = {}
+    for attack, levels in factor.attacks.items():
+        for level in levels:
+            if numbers := level.runs[0].metrics.get("auc_by_copies"):
+                times = tuple(Level(f"copies={n}", level.runs, n) for n in sorted(numbers, key=int))
+                attacks[f"{attack}, {level.text}"] = times
+    return Factor(f"{factor.name}-each", "copies in the training set", attacks) if attacks else None
 
 
 def _factor(name: str, folders: Sequence[Path], outputs: Path) -> Factor | None:
