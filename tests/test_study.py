@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,26 @@ def test_the_front_shows_the_strongest_attack_against_what_the_models_are_worth(
     assert [figure.key for figure in drawing.figures(factor)] == ["defense", "defense-kid", "defense-loss_heldout"]
     assert "| *KID* | 0.5 [0.5, 0.5] | 1.1 [" in writing.to_markdown([factor])
     assert drawn.png()[:4] == b"\x89PNG"
+
+
+def test_a_value_far_from_the_others_does_not_push_them_together(tmp_path: Path) -> None:
+    swept_grid(tmp_path, "study_defense", "defense", {"none": 2.0, "flip": 1.0, "dp_sgd": 0.1}, utility={"kid": 0.01, "learned": True})
+    (factor,) = factors.read_all(tmp_path)
+
+    def scale(**kids: float) -> dict[str, Any]:
+        levels = [
+            replace(level, runs=tuple(replace(run, metrics=run.metrics | {"utility": {"kid": kids[level.text]}}) for run in level.runs))
+            for level in factor.attacks["pia, gray_box"]
+        ]
+        drawn = drawing.front(replace(factor, attacks={"pia, gray_box": tuple(levels)}))
+        assert drawn is not None
+        x: dict[str, Any] = drawn.spec["layer"][-1]["encoding"]["x"]
+        return x
+
+    assert scale(none=0.01, flip=0.02, dp_sgd=0.19)["scale"].get("type", "linear") == "linear"
+    far = scale(none=0.01, flip=0.02, dp_sgd=1.2)
+    assert far["scale"]["type"] == "symlog"
+    assert far["axis"]["values"] == pytest.approx([0, 0.01, 0.03, 0.1, 0.3, 1])
 
 
 def test_models_that_a_factor_leaves_alone_have_no_front_and_their_worth_is_not_told_again(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from diffmia_exp.config import Plain
 from diffmia_exp.report.collect import Collection
 from diffmia_exp.report.drawing import DASHES, MUTED, SERIES, Figure, interval, sheet, three
@@ -15,6 +17,9 @@ from diffmia_exp.study.factors import Factor, Level
 
 MEASURES = {"kid": "KID", "loss_heldout": "loss on held-out images"}
 """Measures of utility that a front is drawn of, less being better."""
+
+APART = 10
+"""A value so many times worse than the median needs an axis that shows small and large ones."""
 
 BUDGET = ("threat_model", "noises", "variations")
 """Factors whose attacks are also drawn against the model evaluations they cost."""
@@ -125,7 +130,12 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
             | {"tip": f"{name}: AUC {interval(level.auc)} by {attack}; {measure} {worth[0]:.3g}"}
         )
         rows.append([name, attack, *map(three, level.auc), *(f"{v:.4g}" for v in worth)])
-    x = {"title": MEASURES[measure], "scale": {"zero": False, "nice": True, "padding": 12}, "axis": {"grid": False}}
+    x: Plain = {"title": MEASURES[measure], "scale": {"zero": False, "nice": True, "padding": 12}, "axis": {"grid": False}}
+    far = max(point["x"] for point in points)
+    if far > APART * float(np.median([point["x"] for point in points])):  # else the others lie on top of each other
+        x["scale"] = {"type": "symlog", "constant": far / 100, "nice": False, "padding": 12}
+        steps = [f * 10.0 ** (np.floor(np.log10(far)) - down) for down in (2, 1, 0) for f in (1, 3)]
+        x["axis"] |= {"values": [0.0, *(float(step) for step in steps if step <= far)], "format": ".1~g"}
     alt = f"AUC of the strongest attack against {MEASURES[measure]}; " + "; ".join(str(point["tip"]) for point in points) + "."
     caption = "Lower left is better. Means over targets with 95% intervals; a cross marks models that have not learned."
     columns = (factor.key, "strongest attack", "AUC", "low", "high", measure, "low", "high")
