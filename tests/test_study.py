@@ -159,6 +159,7 @@ def test_a_value_far_from_the_others_does_not_push_them_together(tmp_path: Path)
         return x
 
     assert scale(none=0.01, flip=0.02, dp_sgd=0.19)["scale"].get("type", "linear") == "linear"
+    assert scale(none=-0.003, flip=-0.002, dp_sgd=-0.001)["scale"].get("type", "linear") == "linear", "an unbiased KID may be below 0"
     far = scale(none=0.01, flip=0.02, dp_sgd=1.2)
     assert far["scale"]["type"] == "symlog"
     assert far["axis"]["values"] == pytest.approx([0, 0.01, 0.03, 0.1, 0.3, 1])

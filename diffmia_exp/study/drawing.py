@@ -132,7 +132,7 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
         rows.append([name, attack, *map(three, level.auc), *(f"{v:.4g}" for v in worth)])
     x: Plain = {"title": MEASURES[measure], "scale": {"zero": False, "nice": True, "padding": 12}, "axis": {"grid": False}}
     far = max(point["x"] for point in points)
-    if far > APART * float(np.median([point["x"] for point in points])):  # else the others lie on top of each other
+    if far > 0 and far > APART * float(np.median([point["x"] for point in points])):  # else the others lie on top of each other
         x["scale"] = {"type": "symlog", "constant": far / 100, "nice": False, "padding": 12}
         steps = [f * 10.0 ** (np.floor(np.log10(far)) - down) for down in (2, 1, 0) for f in (1, 3)]
         x["axis"] |= {"values": [0.0, *(float(step) for step in steps if step <= far)], "format": ".1~g"}
