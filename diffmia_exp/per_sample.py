@@ -114,11 +114,13 @@ def clipped(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], most: float,
     Raises:
         Unsupported: if the net has parameters in other layers than `gradients` takes apart.
     """
-    losses, norms, _ = _by_layer(net, loss, list(inputs), together, of_input=False, again=True)
-    norms = norms[:, [p.requires_grad for p in net.parameters()]]
-    weights = (most / norms.norm(dim=1)).clamp(max=1).to(losses.dtype).repeat_interleave(together)
+    is_trained = [p.requires_grad for p in net.parameters()]
     trained = [p for p in net.parameters() if p.requires_grad]
-    total = torch.autograd.grad((losses * weights).sum() / together, trained, materialize_grads=True)
+    with _tracking(net):
+        losses, norms, _ = _by_layer(net, loss, list(inputs), together, of_input=False, again=True)
+        norms = norms[:, is_trained]
+        weights = (most / norms.norm(dim=1)).clamp(max=1).to(losses.dtype).repeat_interleave(together)
+        total = torch.autograd.grad((losses * weights).sum() / together, trained, materialize_grads=True)
     return Clipped(losses.detach(), norms, list(total))
 
 
