@@ -42,6 +42,11 @@ from diffmia_exp.recipe import OPTIMIZERS, Recipe, TrainerOptions
 log = logging.getLogger(__name__)
 
 
+def on_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, copied without waiting; from pageable memory a copy to a GPU waits for all that the GPU has to do."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
 class LitDiffusion(pl.LightningModule):
     """A `Diffusion`, its optimiser and its weight average.
 
@@ -124,7 +129,7 @@ class LitDiffusion(pl.LightningModule):
         mine = slice(rank * self.recipe.batch_size // world, (rank + 1) * self.recipe.batch_size // world)
         draws = self.draws(step)
         labels = self.labels(step, draws[0])
-        index, t, noise, flips = (d.to(self.device) for d in draws)
+        index, t, noise, flips = (on_device(d, self.device) for d in draws)
         x0 = self._pixels[index].float() / 127.5 - 1
         if self.recipe.flip:
             x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
@@ -180,8 +185,8 @@ class LitDiffusion(pl.LightningModule):
     def optimizer(self) -> torch.optim.Optimizer:
         """What the recipe asks for."""
         r = self.recipe
-        # Lightning cannot clip before a fused step under float16 scaling.
-        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        # Lightning refuses to clip before a fused step in mixed precision, whether gradients are scaled or not.
+        fused = self.trainer.precision == "32-true" and self.device.type in ("cpu", "cuda")
         return OPTIMIZERS[r.optimizer](self.diffusion.net.parameters(), lr=r.lr, weight_decay=r.weight_decay, fused=fused)  # type: ignore[call-arg]
 
     def configure_optimizers(self) -> Any:

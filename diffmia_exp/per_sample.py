@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from diffmia_exp.threat_models import BLOCK
 
 Loss = Callable[..., Tensor]
-SLICE = 1 << 18
-"""Entries of per-sample weight gradients that exist at a time: they are squared and summed while still in the processor's cache."""
+SLICE = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Entries of per-sample weight gradients that exist at a time, by device: on a CPU they are squared and summed while still in its
+cache, on a GPU they are as many as keep it busy."""
 FALLBACK_CHUNK = 8
 """Samples whose weight gradients exist at a time where layers cannot be taken apart."""
 
@@ -234,7 +235,7 @@ def _norm_of_products(a: Tensor, g: Tensor) -> Tensor:
     inputs = a.numel() // (samples * positions)
     if positions == 1:
         return a.reshape(samples, -1).norm(dim=1) * g[:, 0].norm(dim=1)
-    step = max(1, SLICE // (inputs * max(outputs, positions)))
+    step = max(1, SLICE[a.device.type] // (inputs * max(outputs, positions)))
     cheap = positions * (outputs + inputs) < outputs * inputs // 2
     norms = []
     for a_n, g_n in zip(a.split(step * rows), g.split(step), strict=True):

@@ -92,6 +92,18 @@ def test_it_equals_a_bare_loop(undisturbed: Path) -> None:
             assert torch.equal(found[name], value.detach()), f"{kind} {name}"
 
 
+def test_mixed_precision_trains_with_clipping(tmp_path: Path, undisturbed: Path) -> None:
+    """Lightning clips in mixed precision only where the optimiser leaves the gradients' scale alone."""
+    assert RECIPE.grad_clip > 0
+    folder = train(tmp_path / "bf16", TrainerOptions(accelerator="cpu", precision="bf16-mixed"))
+    found, exact = (load_file(f / "raw.safetensors") for f in (folder, undisturbed))
+    start = random_net(0).state_dict()
+    moved = [sum((w[k] - start[k]).square().sum() for k in start).sqrt() for w in (found, exact)]
+    apart = sum((found[k] - exact[k]).square().sum() for k in start).sqrt()
+    assert all(v.dtype == torch.float32 for v in found.values())
+    assert 0 < apart < max(moved)
+
+
 def _train_in_store(root: Path) -> None:
     torch.set_num_threads(1)
     Store(root, "models").get_or_make({"what": "a model"}, lambda folder: train(folder) and None)

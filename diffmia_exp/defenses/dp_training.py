@@ -15,7 +15,7 @@ from diffmia_exp import per_sample
 from diffmia_exp.config import Plain
 from diffmia_exp.defenses.dp_sgd import DPSGD
 from diffmia_exp.errors import ConfigError
-from diffmia_exp.lit import LitDiffusion
+from diffmia_exp.lit import LitDiffusion, on_device
 from diffmia_exp.noise import derive
 
 AGREEMENT = 1e-3
@@ -63,7 +63,7 @@ class LitDPSGD(LitDiffusion):
         optimizer: Any = outer.optimizer
         torch.manual_seed(self._derived(step, 1))  # for dropout
         optimizer.generator = torch.Generator(self.device).manual_seed(self._derived(step, 2))
-        index, t, noise, flips = (d.to(self.device) for d in self.draws(step))
+        index, t, noise, flips = (on_device(d, self.device) for d in self.draws(step))
         x0 = self._pixels[index].float() / 127.5 - 1
         if self.recipe.flip:
             x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
