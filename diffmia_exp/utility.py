@@ -18,7 +18,7 @@ from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
 from diffmia_exp.diffusion import Diffusion, Schedule, given
 from diffmia_exp.errors import ConfigError, UserError, choice, whole
-from diffmia_exp.evaluation import Evaluation, batches
+from diffmia_exp.evaluation import Evaluation, batches, in_float32
 from diffmia_exp.features import Features, chosen
 from diffmia_exp.noise import derive, gaussian
 
@@ -219,7 +219,7 @@ def losses(
     the images' labels.
     """
     noises, out = derive(seed, "utility"), np.empty(len(images))
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), in_float32():
         for at, label in batches(images, evaluation.batch_size, "measuring the loss", folder):
             x0 = _scaled(images.pixels[at], evaluation)
             ids = torch.from_numpy(images.sample_id[at]).to(x0.device)
@@ -249,7 +249,7 @@ def linear_loss(pixels: Pixels, schedule: Schedule, prediction: str, timesteps: 
 def _described(features: Features, pixels: Pixels, evaluation: Evaluation, folder: Path | None) -> Floats:
     """Features float64 [n, D] of images uint8 [n, C, H, W]."""
     parts = batches(Images(pixels, np.arange(len(pixels))), evaluation.batch_size, "describing images", folder)
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), in_float32():
         return np.concatenate([features(_scaled(pixels[at], evaluation)).cpu().numpy() for at, _ in parts])
 
 

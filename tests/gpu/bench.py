@@ -16,6 +16,7 @@ import torch
 from diffmia_exp import lit, per_sample
 from diffmia_exp.config import build
 from diffmia_exp.diffusion import Diffusion, linear
+from diffmia_exp.evaluation import in_float32
 from diffmia_exp.recipe import Recipe, TrainerOptions
 from diffmia_exp.threat_models import GrayBox
 from tests.bench import attack_of, line, replay
@@ -102,9 +103,9 @@ def training() -> None:
 
 def scoring() -> None:
     """Each gray-box attack against the bare net on the very inputs that the attack gives it, without TF32, as in an audit."""
-    diffusion, n, flops = Diffusion(net().eval(), linear(1000)).to("cuda"), 128, count().forward
+    diffusion, n, flops = Diffusion(net().eval(), linear(1000)).to("cuda"), 64, count().forward
     x, ids = torch.from_numpy(PIXELS[:n]).cuda().double() / 127.5 - 1, torch.arange(n).cuda()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with in_float32():
         for name in names("attack"):
             attack: Any = attack_of(name)
             if attack.access is not GrayBox or attack.nfe_once(1000):
@@ -121,7 +122,7 @@ def scoring() -> None:
             recording = diffusion.net.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs))
             score()
             recording.remove()
-            taken = [(timed(score), timed(lambda calls=calls: replay(diffusion, calls))) for _ in range(3)]
+            taken = [(timed(score), timed(lambda calls=calls: replay(diffusion, calls))) for _ in range(2)]
             ratio, seconds = statistics.median(a / b for a, b in taken), statistics.median(b for _, b in taken)
             detail = f"{seconds / nfe * 1e3:.0f} ms a forward of {n}; {flops * n * nfe / seconds / 1e12:.1f} TFLOP/s"
             line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, detail)

@@ -40,9 +40,9 @@ def test_noise_is_that_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", MEASURING)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-3)])
 def test_a_signal_is_that_of_the_cpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Relative to the signal's size over the images. With convolutions in TF32 the float32 nets of several attacks fail."""
+    """Relative to the signal's size over the images. The network's embedding of timesteps is of float32, whatever its weights are."""
     images = Images(pixels(70), np.arange(70))
 
     def signal_on(device: str) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_a_signal_is_that_of_the_cpu(name: str, dtype: torch.dtype, tolerance: f
 
     here, there = signal_on("cpu"), signal_on("cuda")
     assert there.dtype == np.float64
-    scale = np.maximum(np.abs(here), np.abs(here).mean(0))
+    scale = np.maximum(np.abs(here), np.abs(here).mean(0)) + 1e-3 * np.abs(here).mean()  # the gradient of some biases is but rounding
     assert (np.abs(there - here) / scale).max() <= tolerance
 
 
@@ -103,12 +103,12 @@ def test_private_gradients_are_those_of_the_cpu() -> None:
     images = canaries(6)
 
     def total(device: str) -> list[Tensor]:
-        module = made(random_net(0).to(device), images, Recipe(steps=1, batch_size=3), DPSGD(epsilon=None, noise_multiplier=1.0))
+        module = made(random_net(0), images, Recipe(steps=1, batch_size=3), DPSGD(epsilon=None, noise_multiplier=1.0))
         index = torch.tensor([0, 2, 3, 5]).to(device)
         x0 = torch.from_numpy(images).to(device)[index].float() / 127.5 - 1
         eps = noise.gaussian(0, index, (1, 8, 8)).float()
         with torch.backends.cudnn.flags(allow_tf32=False):
-            module.diffusion.to(device)
+            module.to(device)
             module._accumulate(x0, torch.full((4,), 200, device=device), eps, index)
         return [p.grad.cpu() for p in module.diffusion.net.parameters()]
 
