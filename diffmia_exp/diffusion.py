@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmia_exp.errors import ConfigError, choice, number, whole
-from diffmia_exp.noise import derive, gaussian
+from diffmia_exp.noise import derive, gaussian, whole_numbers
 
 Timestep = int | Tensor
 Label = int | Tensor | None
@@ -76,7 +76,7 @@ class Schedule(nn.Module):
 
     def coefficients(self, t: Timestep, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]) as [B or 1, 1, 1, 1], in the precision of x; t = -1 gives 1, 0."""
-        t = torch.as_tensor(t, device=self.alphas_cumprod.device)
+        t = whole_numbers(t, self.alphas_cumprod.device)
         a = torch.where(t < 0, torch.ones_like(self.alphas_cumprod[0]), self.alphas_cumprod[t.clamp(min=0)])
         shape = (-1,) + (1,) * (x.ndim - 1)
         return a.sqrt().to(x).reshape(shape), (1 - a).sqrt().to(x).reshape(shape)
@@ -166,11 +166,11 @@ class Diffusion(nn.Module):
     def forward(self, x_t: Tensor, t: Timestep) -> Tensor:
         """The net's raw prediction at x_t, in the precision of x_t."""
         parameter = next(self.net.parameters(), x_t)
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        t = whole_numbers(t, x_t.device).expand(len(x_t))
         condition: dict[str, Tensor] = {}
         if self.n_classes is not None:
             label = _label.get()
-            condition["class_labels"] = torch.as_tensor(self.n_classes if label is None else label, device=x_t.device).expand(len(x_t))
+            condition["class_labels"] = whole_numbers(self.n_classes if label is None else label, x_t.device).expand(len(x_t))
         out: Any = self.net(x_t.to(parameter.dtype), t, **condition)
         return (out if isinstance(out, Tensor) else out.sample).to(x_t.dtype)
 

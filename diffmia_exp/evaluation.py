@@ -107,8 +107,8 @@ def measure(
 
 
 def in_float32() -> AbstractContextManager[None]:
-    """Convolutions on a GPU in all of float32's bits, by the fastest algorithm found: TF32, its default, rounds to 10 bits."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)  # which disables cuDNN unless told otherwise
+    """Convolutions on a GPU in all of float32's bits: TF32, the default, rounds to 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which would turn cuDNN off by itself
 
 
 def batches(images: Images, size: int, label: str, folder: Path | None = None) -> Iterator[tuple[NDArray[np.intp], int | None]]:

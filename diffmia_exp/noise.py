@@ -46,6 +46,11 @@ def initialised(make: Callable[[], nn.Module], seed: int, model_index: int) -> n
         return make()
 
 
+def whole_numbers(of: int | Tensor, device: torch.device) -> Tensor:
+    """Int64 [1], or [B] of a tensor [B]. A number is written on the device: a copy would wait for all that a GPU has yet to do."""
+    return of.to(device).reshape(-1) if isinstance(of, Tensor) else torch.full((1,), of, dtype=torch.int64, device=device)
+
+
 def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four 32-bit words (in int64 tensors) for each counter of four 32-bit words."""
     c0, c1, c2, c3 = counter
@@ -79,7 +84,7 @@ def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int | T
     n = math.prod(shape)
     ids = sample_id.to(torch.int64)[:, None]
     block = torch.arange((n + 3) // 4, device=ids.device)[None, :].expand(len(ids), -1)
-    draws = torch.as_tensor(draw, device=ids.device).reshape(-1, 1).expand_as(block)
+    draws = whole_numbers(draw, ids.device)[:, None].expand_as(block)
     counter = ((ids & _MASK).expand_as(block), (ids >> 32 & _MASK).expand_as(block), draws, block)
     u = [(word.to(torch.float64) + 0.5) / 2**32 for word in philox((seed & _MASK, seed >> 32 & _MASK), counter)]
     normals = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffmia_exp.defenses.base import Defense
 from diffmia_exp.diffusion import Diffusion, Schedule, Timestep
 from diffmia_exp.errors import ConfigError, UserError, choice, flag, number, whole
-from diffmia_exp.noise import derive, gaussian
+from diffmia_exp.noise import derive, gaussian, whole_numbers
 
 BLOCK = 64
 """Images per network call are padded to a multiple of this. Kernels round differently for odd batch sizes, by about 1e-6 in
@@ -154,7 +154,7 @@ def _in_blocks(predict: Callable[[Tensor, Timestep], Tensor], x_t: Tensor, t: Ti
     n, padding = len(x_t), -len(x_t) % BLOCK
     if not padding:
         return predict(x_t, t)
-    t = torch.as_tensor(t, device=x_t.device).expand(n)
+    t = whole_numbers(t, x_t.device).expand(n)
     padded = torch.cat([x_t, x_t[:1].expand(padding, *x_t.shape[1:])]), torch.cat([t, t[:1].expand(padding)])
     return predict(*padded)[:n]
 
