@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-cluster cluster-up cluster-down lint
-.PHONY: bench bench-statistics bench-cluster grid study report dashboard sync clean
+.PHONY: help demo test test-browser test-cluster test-gpu cluster-up cluster-down lint
+.PHONY: bench bench-statistics bench-cluster bench-gpu grid study report dashboard sync clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test-browser: $(READY) ## Run the tests of the report in Chromium, which must be
 
 test-cluster: $(READY) ## Run the tests on a SLURM of two nodes, which is started for them (root, Linux)
 	$(BIN)/python -m pytest tests/cluster
+
+test-gpu: $(READY) ## Run the tests of what a GPU must not change, on a machine that has one
+	$(BIN)/python -m pytest tests/gpu
 
 cluster-up: $(READY) ## Start a SLURM of two nodes on this machine, to try things by hand
 	$(BIN)/python -m tests.cluster.cluster up
@@ -42,6 +45,9 @@ bench-statistics: $(READY) ## Simulate how often intervals cover, bounds hold an
 
 bench-cluster: $(READY) ## Compare an array on two nodes with one node
 	$(BIN)/python -m tests.cluster.bench
+
+bench-gpu: $(READY) ## Measure training and scoring of the CIFAR-10 network on this machine's GPU
+	$(BIN)/python -m tests.gpu.bench
 
 # A model, or a cell, that failed leaves the others: the stages go on, and the exit status tells. Repeated, it does what is missing.
 GRID = $(BIN)/python run.py experiment=$(or $(EXPERIMENT),gray_box_grid) cluster=$(or $(CLUSTER),local) $(SET)
