@@ -1,4 +1,4 @@
-"""One cell of a grid: its config, checked before anything is trained, and the specs of what it needs from the store."""
+"""One cell of a grid: its config, checked before anything is trained."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from diffmia_exp.evaluation import Evaluation
 from diffmia_exp.noise import derive, initialised
 from diffmia_exp.recipe import Recipe, TrainerOptions
 from diffmia_exp.split import MemberSplit
-from diffmia_exp.store import Store, digest, sha256
-from diffmia_exp.threat_models import GrayBox, ThreatModel
+from diffmia_exp.store import Store
+from diffmia_exp.threat_models import ThreatModel
 from diffmia_exp.tracking import Wandb
 from diffmia_exp.utility import Utility
 
@@ -196,18 +196,13 @@ class Experiment:
         if self.n_classes is not None:
             classes = {"model": {"num_class_embeds": self.n_classes + 1}, "diffusion": {"n_classes": self.n_classes}}
         wrong = (getattr(self.threat_model, f"shadow_{name}", None) or {}) if shadow else {}
-        settings = classes.get(name, {}) | _nameless(self.config[name]) | wrong
+        settings = classes.get(name, {}) | nameless(self.config[name]) | wrong
         defense = self.defended(shadow)
         return {"model": defense.model, "training": defense.training}.get(name, dict)(settings)
 
     def defended(self, shadow: bool) -> Defense:
         """The defence of the target, or of a shadow: the same, if the adversary adapts to it."""
         return Defense() if shadow and not self.threat_model.shadow_defense else self.defense
-
-    def model_spec(self, index: int) -> Plain:
-        """Everything that the weights of model `index` depend on."""
-        settings = self.training_spec(self.role(index) == "shadow")
-        return described(self.training_images(index)) | settings | {"seed": self.seed, "model_index": self.draws(index)}
 
     def training_images(self, index: int) -> Images:
         """The images that model `index` sees in training: its members with their copies, but for those that the defence leaves out."""
@@ -217,47 +212,9 @@ class Experiment:
             members = members.repeated(self.split.copies[mask])
         return members.where(self.defended(self.role(index) == "shadow").kept(members))
 
-    def training_spec(self, shadow: bool) -> Plain:
-        """The part of a model's spec that is the same whatever it is trained on."""
-        spec = {
-            "model": self.group("model", shadow),
-            "diffusion": self.group("diffusion"),
-            "training": self.group("training", shadow),
-            "precision": self.config["trainer"]["precision"],
-        }
-        defense = self.defended(shadow)
-        if type(defense) is not Defense and defense.trains:
-            spec["defense"] = _nameless(self.config["defense"])
-        if defense.min_public:
-            spec["public"] = self.images.where(self.split.public).fingerprint
-        return spec
-
     def service(self, index: int) -> Defense:
         """The defence that stands between model `index` and its users."""
         return self.defended(self.role(index) == "shadow")
-
-    def served(self, index: int) -> Plain:
-        """What the answers of model `index` depend on beside its weights."""
-        return {"service": _nameless(self.config["defense"])} if self.service(index).answers else {}
-
-    def key(self, index: int) -> str:
-        """The key of model `index` in the store, or the hash of the checkpoint that takes the target's place."""
-        if self.config["checkpoint"] is not None and index == self.target_index:
-            return f"file-{sha256(runs.existing_file('checkpoint', self.config['checkpoint']))[:16]}"
-        if index == self.untrained:
-            spec = self.training_spec(shadow=False)
-            settings = {k: spec[k] for k in ("model", "diffusion", "defense") if k in spec}
-            return f"untrained-{digest(settings | {'seed': self.seed, 'model_index': index})}"
-        return self.stores["models"].key(self.model_spec(index))
-
-    def attacked(self, index: int) -> Plain:
-        """Which weights of model `index` are measured."""
-        described: Plain = {"model": self.key(index), "weights": self.weights, "snapshot": self.snapshot}
-        if index == self.untrained:
-            described |= {"weights": None, "snapshot": None}
-        if self.config["checkpoint"] is not None:  # a file says nothing about its schedule and architecture
-            described |= {"architecture": self.group("model"), "diffusion": self.group("diffusion")}
-        return described
 
     def shown(self, images: Images) -> Images:
         """The images as the adversary knows them: without labels where it does not know these."""
@@ -267,75 +224,9 @@ class Experiment:
         """The classes int64 [n] that generated images are drawn from, see `Diffusion.sample`; None for an unconditional model."""
         return None if self.n_classes is None else np.arange(n) % self.n_classes
 
-    def signals_spec(self, index: int, candidate: selection.Candidate, images: Images | None = None) -> Plain:
-        """Everything that an attack's signals on model `index` depend on; `images` if not those that every model is measured on."""
-        spec: Plain = {
-            "attacked": self.attacked(index),
-            "signal": candidate.measures,
-            "images": (images or self.images.where(self.measured)).fingerprint,
-            "precision": self.evaluation.precision,
-        }
-        if not issubclass(candidate.attack.access, GrayBox):
-            spec |= self.served(index)
-        if candidate.attack.trains:
-            spec["surrogate"] = self.training_spec(shadow=True) | {"seed": self.surrogate_seed(index)}
-        if self.conditional:
-            spec["labels"] = self.shown(images or self.images.where(self.measured)).label_fingerprint
-        if candidate.attack.min_public:
-            spec["public"] = self.images.where(self.split.public).fingerprint
-        return spec
-
-    def scores_spec(self) -> Plain:
-        """Everything that the scores depend on."""
-        return {
-            "signals": [self.stores["signals"].key(self.signals_spec(self.target_index, c)) for c in self.candidates],
-            "shadows": [self.attacked(index) for index in self.shadows],
-            "attack": {k: v for k, v in self.config["attack"].items() if k not in ("name", "grid") and (k != "rehearsals" or self.shadows)},
-            "settings": [c.settings for c in self.candidates],
-            "audited": self.images.where(self.audited).fingerprint,
-            "members": self.images.where(self.keep).fingerprint,
-            "fprs": list(self.evaluation.fprs) if self.shadows else None,
-        }
-
-    def utility_spec(self) -> Plain:
-        """Everything that the target's utility depends on."""
-        return {
-            "utility": self.attacked(self.target_index),
-            "settings": selection.by_content(_nameless(self.config["utility"])),
-            "members": self.images.where(self.keep).fingerprint,
-            "held_out": self.images.where(self.members(self.held_out)).fingerprint,
-            "public": self.images.where(self.split.public).fingerprint,
-            "precision": self.evaluation.precision,
-        } | self.served(self.target_index)
-
-    def comparable(self) -> Plain:
-        """What must agree where runs are averaged (`split`, `data_fingerprint`) or compared image by image (`audited_fingerprint`)."""
-        split = {k: v for k, v in _nameless(self.config["split"]).items() if k not in ("n_models", "target_index", "path")}
-        if split.get("copies") is None:  # as runs from before there were copies
-            split.pop("copies", None)
-        if "path" in self.config["split"]:
-            split["file"] = sha256(runs.existing_file("split.path", self.config["split"]["path"]))
-        return {
-            "target_index": self.target_index,
-            "data_fingerprint": digest(_nameless(self.config["dataset"])),
-            "split": split,
-            "audited_fingerprint": self.images.where(self.audited).fingerprint,
-        }
-
     def surrogate_seed(self, index: int) -> int:
         """Seed of a surrogate of model `index`: the adversary does not know how that one was initialised."""
         return derive(self.seed, "surrogate", index)
-
-    def run_key(self) -> str:
-        """Everything that the run folder depends on."""
-        view = {k: self.config[k] for k in ("threat_model", "evaluation", "name")}
-        if self.utility is not None:
-            view["utility"] = self.stores["controls"].key(self.utility_spec())
-        if type(self.defense) is not Defense and (not self.defense.trains or self.config["checkpoint"] is not None):
-            view["defense"] = self.config["defense"]
-        if self.split.copies is not None:
-            view["copies"] = self.config["split"]["copies"]
-        return digest({"scores": self.stores["scores"].key(self.scores_spec()), "duplicates": self.duplicates, **view})
 
     def net(self, index: int, seed: int | None = None) -> torch.nn.Module:
         """A freshly initialised network for model `index`."""
@@ -372,12 +263,6 @@ def _load(key: str) -> tuple[MemberSplit, Images, int | None]:
         raise e.under("dataset") from None
 
 
-def described(members: Images) -> Plain:
-    """A training set, as a model's spec has it."""
-    labels: Plain = {} if members.labels is None else {"labels": members.label_fingerprint}
-    return {"members": members.fingerprint, "n_members": len(members)} | labels
-
-
-def _nameless(cfg: Mapping[str, Any]) -> Plain:
+def nameless(cfg: Mapping[str, Any]) -> Plain:
     """A group's config without its name, which changes nothing."""
     return {k: v for k, v in cfg.items() if k != "name"}

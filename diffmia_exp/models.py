@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffmia_exp import checks
+from diffmia_exp import checks, specs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import UserError
 from diffmia_exp.experiment import Experiment
@@ -44,7 +44,7 @@ def missing(cells: Sequence[Sequence[str]], compose: Callable[[list[str]], Mappi
             wanted.append(list(overrides))
             continue
         for index in experiment.models:
-            spec = experiment.model_spec(index)
+            spec = specs.model(experiment, index)
             if (key := experiment.stores["models"].key(spec)) in stored:
                 continue
             stored[key] = experiment.stores["models"].get(spec) is not None

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from diffmia_exp import checks, ranks, runs
+from diffmia_exp import checks, ranks, runs, specs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.experiment import Experiment
@@ -48,16 +48,18 @@ def _work(experiment: Experiment, workshop: Workshop, text: io.StringIO) -> runs
     facts = runs.identity(experiment.config) | {"name": experiment.name}
     if experiment.stage == "train":
         workshop.train_all()
-        return runs.Result(facts | {"status": "trained", "train_key": experiment.key(experiment.target_index)})
-    folder = runs.folder(experiment.output_dir, experiment.name, experiment.run_key())
-    result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())
+        return runs.Result(facts | {"status": "trained", "train_key": specs.key(experiment, experiment.target_index)})
+    folder = runs.folder(experiment.output_dir, experiment.name, specs.run_key(experiment))
+    result = None if experiment.stage == "report" else runs.finished(folder, specs.run_key(experiment))
     if result is None:
         _must_be_stored(experiment)
         if experiment.part is not None:
             workshop.measure_part(*experiment.part)
             return runs.Result(facts | {"status": "measured"})
         with runs.exclusively(folder):
-            result = None if experiment.stage == "report" else runs.finished(folder, experiment.run_key())  # by another process meanwhile
+            result = (
+                None if experiment.stage == "report" else runs.finished(folder, specs.run_key(experiment))
+            )  # by another process meanwhile
             if result is None:
                 from diffmia_exp import results  # seconds to import, and a cached run needs none of it
 
@@ -71,9 +73,9 @@ def _work(experiment: Experiment, workshop: Workshop, text: io.StringIO) -> runs
 def _must_be_stored(experiment: Experiment) -> None:
     """A stage that builds on another one never does that one's work unasked."""
     if experiment.stage == "attack":
-        missing = [index for index in experiment.models if experiment.stores["models"].get(experiment.model_spec(index)) is None]
+        missing = [index for index in experiment.models if experiment.stores["models"].get(specs.model(experiment, index)) is None]
         if missing:
             which = f"model {missing[0]}" if len(missing) == 1 else f"models {', '.join(map(str, missing))}"
             raise ConfigError("stage", "attack", f"needs {which} to be trained; run the same with stage=train first")
-    if experiment.stage == "report" and experiment.stores["scores"].get(experiment.scores_spec()) is None:
+    if experiment.stage == "report" and experiment.stores["scores"].get(specs.scores(experiment)) is None:
         raise ConfigError("stage", "report", "needs the scores of this cell; run the same with stage=all first")

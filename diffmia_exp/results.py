@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from diffmia_exp import __version__, controls, epsilon, figures, metrics, selection
+from diffmia_exp import __version__, controls, epsilon, figures, metrics, selection, specs
 from diffmia_exp.config import Plain
 from diffmia_exp.experiment import Experiment
 from diffmia_exp.runs import Result, identity
@@ -54,7 +54,7 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
     result = Result(
         {"status": "done", "name": name}
         | identity(config)
-        | experiment.comparable()
+        | specs.comparable(experiment)
         | metrics.evaluate(table.is_member, table.score, experiment.evaluation.fprs)
         | _by_copies(experiment, table)
         | found
@@ -68,8 +68,8 @@ def write(folder: Path, name: str, workshop: Workshop) -> Result:
             "selection": facts["selection"],
             "epsilon": epsilon.bounds(experiment, table, facts["selection"].get("thresholds", {})),
             "transfer": selection.transferred(table.is_member, table.score, facts["selection"].get("thresholds", {})),
-            "train_key": experiment.key(experiment.target_index),
-            "run_key": experiment.run_key(),
+            "train_key": specs.key(experiment, experiment.target_index),
+            "run_key": specs.run_key(experiment),
             "epochs": _epochs(training, experiment),
             "train_seconds": training.get("seconds"),
             "parameters": training.get("parameters"),

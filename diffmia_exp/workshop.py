@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffmia_exp import memorisation, runs, selection, utility
+from diffmia_exp import memorisation, runs, selection, specs, utility
 from diffmia_exp.config import Plain
 from diffmia_exp.data import Images, Pixels
 from diffmia_exp.diffusion import Diffusion
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.evaluation import measure, parts
-from diffmia_exp.experiment import Experiment, described
+from diffmia_exp.experiment import Experiment
 from diffmia_exp.ranks import Ranks
 from diffmia_exp.recipe import Recipe
 from diffmia_exp.scores import ScoreTable
@@ -47,7 +47,7 @@ class Workshop:
     def train(self, index: int, position: str = "") -> Path:
         """The store entry of model `index`, trained if need be; `position` says which of how many it is."""
         e = self.experiment
-        spec, role = e.model_spec(index), e.role(index)
+        spec, role = specs.model(e, index), e.role(index)
         if (found := e.stores["models"].get(spec)) is not None:
             return found
         net, members, recipe, row = self._training(index)
@@ -99,7 +99,7 @@ class Workshop:
         e = self.experiment
         for index, resume in self.ranks.orders():
             net, members, recipe, row = self._training(index)
-            folder, label = e.stores["models"].root / f"{e.key(index)}.partial", f"training model {index}"
+            folder, label = e.stores["models"].root / f"{specs.key(e, index)}.partial", f"training model {index}"
             made = self._module(members, e.role(index) == "shadow")
             lit.train(folder, e.diffusion(net), members.pixels, recipe, e.trainer, e.seed, row, label, None, resume, made)
 
@@ -166,7 +166,7 @@ class Workshop:
     def samples(self, index: int, n: int, steps: int, seed: int) -> Pixels:
         """n generated images of model `index` as its service gives them, uint8 [n, C, H, W], drawn once."""
         e = self.experiment
-        spec = {"attacked": e.attacked(index), "n": n, "steps": steps, "seed": seed} | e.served(index)
+        spec = {"attacked": specs.attacked(e, index), "n": n, "steps": steps, "seed": seed} | specs.served(e, index)
 
         def make(folder: Path) -> None:
             drawn = generated(self.model(index)[0], n, steps, seed, e.service(index))
@@ -202,7 +202,7 @@ class Workshop:
             np.save(folder / "signals.npy", out, allow_pickle=False)
             (folder / "cost.json").write_text(json.dumps(cost))
 
-        return e.stores["signals"].get_or_make(e.signals_spec(index, candidate, images), make)
+        return e.stores["signals"].get_or_make(specs.signals(e, index, candidate, images), make)
 
     def measure_part(self, k: int, of: int) -> None:
         """Measure the k-th (from 1) of so many parts of the images on every model; whoever finds all parts there puts them together."""
@@ -215,7 +215,7 @@ class Workshop:
             for candidate in e.candidates:
                 for images in shown[k - 1 : k]:
                     self.measured(index, candidate, f", part {k} of {of}{_of(n, rows)}", images)
-                found = [e.stores["signals"].get(e.signals_spec(index, candidate, images)) for images in shown]
+                found = [e.stores["signals"].get(specs.signals(e, index, candidate, images)) for images in shown]
                 if all(found):
                     self._put_together(index, candidate, [entry for entry in found if entry], [len(images) for images in shown])
 
@@ -228,7 +228,7 @@ class Workshop:
             cost = {"nfe_per_image": spent / sum(images), "seconds": round(sum(c["seconds"] for c in costs), 3)}
             (folder / "cost.json").write_text(json.dumps(cost))
 
-        self.experiment.stores["signals"].get_or_make(self.experiment.signals_spec(index, candidate), make)
+        self.experiment.stores["signals"].get_or_make(specs.signals(self.experiment, index, candidate), make)
 
     def signals(self, candidate: Candidate) -> Signals:
         """A candidate's signals on the target and on all shadows that its attack needs."""
@@ -279,11 +279,11 @@ class Workshop:
         e = self.experiment
         members, held_out = e.images.where(e.members(e.target_index)), e.images.where(e.members(e.held_out))
         spec = {
-            "memorisation": e.attacked(e.target_index),
+            "memorisation": specs.attacked(e, e.target_index),
             "preview": PREVIEW,
             "members": members.fingerprint,
             "held_out": held_out.fingerprint,
-        } | e.served(e.target_index)
+        } | specs.served(e, e.target_index)
 
         def make(folder: Path) -> None:
             facts, pairs = memorisation.compare(self.preview(), members, held_out)
@@ -306,7 +306,7 @@ class Workshop:
             facts = utility.measure(how, diffusion, generated, reference, members, others, e.evaluation, folder)
             (folder / "utility.json").write_text(json.dumps(facts, allow_nan=False))
 
-        facts: Plain = json.loads((e.stores["controls"].get_or_make(e.utility_spec(), make) / "utility.json").read_text())
+        facts: Plain = json.loads((e.stores["controls"].get_or_make(specs.utility(e), make) / "utility.json").read_text())
         return facts
 
     def scores(self) -> Path:
@@ -337,7 +337,7 @@ class Workshop:
             (folder / "facts.json").write_text(json.dumps({"cost": cost, "training": training, "selection": facts}))
             log.info("%s: %g model evaluations per image, %.1f s", e.config["attack"]["name"], cost["nfe_per_image"], cost["seconds"])
 
-        return e.stores["scores"].get_or_make(e.scores_spec(), make)
+        return e.stores["scores"].get_or_make(specs.scores(e), make)
 
 
 class Home:
@@ -358,7 +358,7 @@ class Home:
         seed = e.surrogate_seed(self._index)
         images = Images(pixels, np.arange(len(pixels)), e.generated_labels(len(pixels)))
         images = images.where(e.defended(shadow=True).kept(images))
-        spec = described(images) | e.training_spec(shadow=True) | {"seed": seed}
+        spec = specs.members(images) | specs.training(e, shadow=True) | {"seed": seed}
         net = e.net(e.split.n_models, seed)  # a row of its own, a shadow's network
         label = f"training a surrogate of model {self._index}"
         entry = self._workshop._trained(spec, net, images, e.shadow_recipe, seed, 0, f"surrogate{self._index}", label, shadow=True)

@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffmia_exp import lit, runs
+from diffmia_exp import lit, runs, specs
 from diffmia_exp.attacks.base import Attack
 from diffmia_exp.attacks.gsa1 import GSA1
 from diffmia_exp.attacks.loss import Loss
@@ -267,9 +267,9 @@ def experiment(tmp_path: Path, *overrides: str) -> Experiment:
 
 
 def keys(e: Experiment) -> dict[str, str]:
-    signals = e.stores["signals"].key(e.signals_spec(e.target_index, e.candidates[0]))
-    found = {"model": e.key(e.target_index), "untrained": e.key(e.untrained), "signals": signals}
-    return found | {"scores": e.stores["scores"].key(e.scores_spec()), "run": e.run_key()}
+    signals = e.stores["signals"].key(specs.signals(e, e.target_index, e.candidates[0]))
+    found = {"model": specs.key(e, e.target_index), "untrained": specs.key(e, e.untrained), "signals": signals}
+    return found | {"scores": e.stores["scores"].key(specs.scores(e)), "run": specs.run_key(e)}
 
 
 def test_keys_of_unconditional_models_are_those_of_before(tmp_path: Path) -> None:

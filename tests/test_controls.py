@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
-from diffmia_exp import audit, blind, controls, epsilon, metrics
+from diffmia_exp import audit, blind, controls, epsilon, metrics, specs
 from diffmia_exp.config import checked
 from diffmia_exp.errors import ConfigError
 from diffmia_exp.experiment import Experiment
@@ -89,7 +89,7 @@ def test_every_control_runs_with_a_shadow_attack(full: Path) -> None:
 
 def test_the_held_out_model_is_trained_on_the_targets_non_members_and_nothing_else_differs(full: Path) -> None:
     e = experiment(full, 0)
-    own, other = e.model_spec(0), e.model_spec(e.held_out)
+    own, other = specs.model(e, 0), specs.model(e, e.held_out)
     assert {k for k in own if own[k] != other[k]} <= {"members", "n_members"}
     assert other["members"] == e.images.where(e.split.pool[0] & ~e.split.keep[0]).fingerprint
     assert own["n_members"] + other["n_members"] == 48
@@ -101,10 +101,10 @@ def test_the_held_out_model_is_trained_on_the_targets_non_members_and_nothing_el
 
 
 def test_the_untrained_network_is_measured_once_for_all_targets(full: Path) -> None:
-    specs = [yaml.safe_load(path.read_text()) for path in full.glob("signals/*/spec.yaml")]
-    assert sum(spec["attacked"]["model"].startswith("untrained") for spec in specs) == 1
+    stored = [yaml.safe_load(path.read_text()) for path in full.glob("signals/*/spec.yaml")]
+    assert sum(spec["attacked"]["model"].startswith("untrained") for spec in stored) == 1
     e = experiment(full, 0)
-    assert e.attacked(e.untrained) == experiment(full, 1).attacked(e.untrained)
+    assert specs.attacked(e, e.untrained) == specs.attacked(experiment(full, 1), e.untrained)
 
 
 def test_generated_images_change_nothing_for_the_others(full: Path) -> None:

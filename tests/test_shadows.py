@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from diffmia_exp import split
+from diffmia_exp import specs, split
 from diffmia_exp.config import checked
 from diffmia_exp.experiment import Experiment
 from tests.composing import composed, names
@@ -76,8 +76,8 @@ def test_what_the_adversary_gets_wrong_makes_other_shadows_of_the_same_target(li
     assert {yaml.safe_load((lira / "models" / key / "spec.yaml").read_text())["training"]["steps"] for key in made} == {3}
     net = Experiment(checked(composed("threat_model.shadow_model={block_out_channels: [16, 32]}", f"output_dir={lira}", *MODELS)))
     net.load()
-    assert net.model_spec(0)["model"]["block_out_channels"] == [32, 64]
-    assert net.model_spec(1)["model"]["block_out_channels"] == [16, 32]
+    assert specs.model(net, 0)["model"]["block_out_channels"] == [32, 64]
+    assert specs.model(net, 1)["model"]["block_out_channels"] == [16, 32]
 
 
 def test_settings_and_thresholds_come_from_shadows_and_are_reported(lira: Path) -> None:
@@ -130,5 +130,5 @@ def test_every_part_of_the_headline_uses_the_same_models(name: str, tmp_path: Pa
     experiment = Experiment(checked(composed(f"experiment={name}", f"output_dir={tmp_path}")))
     experiment.load()
     assert experiment.split.n_models == 17
-    assert experiment.key(0) == "32ab285070feeb10"
+    assert specs.key(experiment, 0) == "32ab285070feeb10"
     assert 200 < experiment.keep.sum() < 312

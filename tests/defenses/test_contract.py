@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from diffmia_exp import defenses
+from diffmia_exp import defenses, specs
 from diffmia_exp.config import checked
 from diffmia_exp.defenses.base import Defense
 from diffmia_exp.experiment import Experiment
@@ -51,9 +51,9 @@ def test_it_trains_and_is_attacked_and_keeps_its_own_place(name: str, out: Path)
     e, bare = experiment(name, out), experiment("none", out)
     table = ScoreTable.load(Workshop(e).scores() / "scores.parquet")
     assert len(table.score) == 24
-    assert (e.key(0) == bare.key(0)) == (not e.defense.trains or name == "none")
-    assert (e.run_key() == bare.run_key()) == (name == "none")
-    told = json.loads((e.stores["models"].root / e.key(0) / "training.json").read_text())
+    assert (specs.key(e, 0) == specs.key(bare, 0)) == (not e.defense.trains or name == "none")
+    assert (specs.run_key(e) == specs.run_key(bare)) == (name == "none")
+    told = json.loads((e.stores["models"].root / specs.key(e, 0) / "training.json").read_text())
     assert told["epochs"] == pytest.approx(told["steps"] * 8 / told["n_members"])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffmia_exp import specs
 from diffmia_exp.config import checked
 from diffmia_exp.defenses.output_perturbation import OutputPerturbation
 from diffmia_exp.defenses.query_limit import QueryLimit
@@ -76,7 +77,7 @@ def experiment(*overrides: str) -> Experiment:
 def keys(attack: str, *overrides: str, host: bool = False) -> Any:
     """The keys of the target's weights, and of the signals of target and shadow."""
     e = experiment(f"attack={attack}", *overrides)
-    return e.key(0), *(e.stores["signals"].key(e.signals_spec(row, e.candidates[0])) for row in (0, 1))
+    return specs.key(e, 0), *(e.stores["signals"].key(specs.signals(e, row, e.candidates[0])) for row in (0, 1))
 
 
 def test_what_depends_on_a_service_is_stored_apart_and_nothing_else() -> None:
@@ -88,7 +89,9 @@ def test_what_depends_on_a_service_is_stored_apart_and_nothing_else() -> None:
     assert plain[2] != defended[2]
     assert (defended[1], plain[2]) == (naive[1], naive[2])
     assert keys("degrade_restore", "defense=query_limit") == keys("degrade_restore")
-    runs = {experiment("attack=degrade_restore", f"defense={name}").run_key() for name in ("none", "query_limit", "output_perturbation")}
+    runs = {
+        specs.run_key(experiment("attack=degrade_restore", f"defense={name}")) for name in ("none", "query_limit", "output_perturbation")
+    }
     assert len(runs) == 3
 
 
