@@ -388,10 +388,10 @@ OTHERS = {
 def test_every_kind_of_attack_goes_the_whole_way(name: str, quick: list[str], tmp_path: Path) -> None:
     result = conditional(tmp_path, *quick, *OTHERS[name])
     assert np.isfinite(table(result).score).all()
-    specs = [f.read_text() for f in tmp_path.glob("models/*/spec.yaml")]
-    assert all("num_class_embeds: 3" in spec and "n_classes: 2" in spec and "labels: " in spec for spec in specs)
+    stored = [f.read_text() for f in tmp_path.glob("models/*/spec.yaml")]
+    assert all("num_class_embeds: 3" in spec and "n_classes: 2" in spec and "labels: " in spec for spec in stored)
     if name == "surrogate":
-        assert len(specs) == 2
+        assert len(stored) == 2
     if name == "controls":
         assert set(result["controls"]) == {"untrained", "held_out", "generated"}
 

@@ -98,8 +98,8 @@ def test_generated_images_are_drawn_once_and_shared(tmp_path: Path) -> None:
     for attack in ("knn", "monte_carlo", "discriminator"):
         result = quick(tmp_path, *few, f"attack={attack}")
         assert result["nfe_per_image"] == pytest.approx(128 / (48 + (64 if attack == "discriminator" else 0)))
-    specs = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("samples/*/spec.yaml")]
-    assert sorted(spec["n"] for spec in specs) == [32, 64]  # those, and the run folder's preview
+    stored = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("samples/*/spec.yaml")]
+    assert sorted(spec["n"] for spec in stored) == [32, 64]  # those, and the run folder's preview
     surrogate = quick(tmp_path, *few, "attack=surrogate", "attack.host.stride=250")
     assert surrogate["status"] == "done"
     assert len(entries(tmp_path, "models")) == 2
