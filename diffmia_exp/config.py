@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 
@@ -156,6 +156,20 @@ def takes(group: str, cfg: Plain, setting: str) -> bool:
     """Whether what a group's config describes has a setting of this name."""
     parameters = inspect.signature(_located(f"{group}._target_", cfg["_target_"])).parameters
     return setting in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def in_its_types(group: str, cfg: Plain) -> Plain:
+    """A group's settings, with whole numbers as floats where its `_target_` takes a float: 10 and 10.0 are one setting, and one key."""
+    parameters = inspect.signature(_located(f"{group}._target_", cfg["_target_"]), eval_str=True).parameters if "_target_" in cfg else {}
+
+    def typed(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return in_its_types(f"{group}.{name}", value)
+        taken = parameters[name].annotation if name in parameters else None
+        kinds = get_args(taken) or (taken,)
+        return float(value) if type(value) is int and float in kinds and int not in kinds else value
+
+    return {name: typed(name, value) for name, value in cfg.items()}
 
 
 def _targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:

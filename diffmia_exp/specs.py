@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffmia_exp import runs, selection
-from diffmia_exp.config import Plain
+from diffmia_exp.config import Plain, in_its_types
 from diffmia_exp.data import Images
 from diffmia_exp.defenses.base import Defense
 from diffmia_exp.experiment import Experiment, nameless
@@ -26,14 +26,14 @@ def members(images: Images) -> Plain:
 def training(e: Experiment, shadow: bool) -> Plain:
     """The part of a model's spec that is the same whatever it is trained on."""
     spec = {
-        "model": e.group("model", shadow),
-        "diffusion": e.group("diffusion"),
-        "training": e.group("training", shadow),
+        "model": in_its_types("model", e.group("model", shadow)),
+        "diffusion": in_its_types("diffusion", e.group("diffusion")),
+        "training": in_its_types("training", e.group("training", shadow)),
         "precision": e.config["trainer"]["precision"],
     }
     defense = e.defended(shadow)
     if type(defense) is not Defense and defense.trains:
-        spec["defense"] = nameless(e.config["defense"])
+        spec["defense"] = in_its_types("defense", nameless(e.config["defense"]))
     if defense.min_public:
         spec["public"] = e.images.where(e.split.public).fingerprint
     return spec
@@ -62,7 +62,7 @@ def attacked(e: Experiment, index: int) -> Plain:
 
 def served(e: Experiment, index: int) -> Plain:
     """What the answers of model `index` depend on beside its weights."""
-    return {"service": nameless(e.config["defense"])} if e.service(index).answers else {}
+    return {"service": in_its_types("defense", nameless(e.config["defense"]))} if e.service(index).answers else {}
 
 
 def signals(e: Experiment, index: int, candidate: selection.Candidate, images: Images | None = None) -> Plain:

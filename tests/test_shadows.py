@@ -132,3 +132,22 @@ def test_every_part_of_the_headline_uses_the_same_models(name: str, tmp_path: Pa
     assert experiment.split.n_models == 17
     assert specs.key(experiment, 0) == "32ab285070feeb10"
     assert 200 < experiment.keep.sum() < 312
+
+
+@pytest.mark.parametrize(
+    ("whole", "fraction"),
+    [
+        (["training.grad_clip=1"], ["training.grad_clip=1.0"]),
+        (["model.dropout=0", "training.weight_decay=0"], ["model.dropout=0.0", "training.weight_decay=0.0"]),
+        (["defense=dp_sgd", "defense.epsilon=10"], ["defense=dp_sgd", "defense.epsilon=10.0"]),
+        (["diffusion.schedule.beta_end=0.02"], ["diffusion.schedule.beta_end=2e-2"]),
+    ],
+)
+def test_a_number_has_one_key_however_it_is_typed(whole: list[str], fraction: list[str], tmp_path: Path) -> None:
+    def keys(overrides: list[str]) -> list[str]:
+        e = Experiment(checked(composed("split.n_models=2", "training.batch_size=32", f"output_dir={tmp_path}", *overrides)))
+        e.load()
+        return [specs.key(e, index) for index in (0, 1, e.untrained)]
+
+    assert keys(whole) == keys(fraction)
+    assert keys(whole) != keys(["training.grad_clip=2"])
