@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffmia_exp.diffusion import PREDICTIONS, Diffusion, Schedule, cosine, linear
 from diffmia_exp.errors import ConfigError
+from diffmia_exp.evaluation import in_float32
 from diffmia_exp.noise import derive, gaussian
 from diffmia_exp.threat_models import (
     LEVELS,
@@ -418,6 +419,14 @@ def test_the_schedule_follows_the_device() -> None:
 
 def test_the_schedule_is_not_part_of_the_weights() -> None:
     assert set(model().state_dict()) == {f"net.{name}" for name in Convolution().state_dict()}
+
+
+def test_scoring_turns_tf32_off_and_leaves_cudnn_on() -> None:
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+    with in_float32():
+        assert torch.backends.cudnn.enabled
+        assert not torch.backends.cudnn.allow_tf32
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == before == (True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
