@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmia_exp.attacks.base import Attack
-from diffmia_exp.errors import choice, flag, number, whole
+from diffmia_exp.errors import choice, number, whole
 from diffmia_exp.noise import derive, gaussian
 from diffmia_exp.threat_models import GrayBox
 
@@ -30,8 +30,8 @@ class PFAMI(Attack):
         largest, smallest: sides of the first and the last crop, as a share of the image's.
         timesteps: number of timesteps, t = 0, stride, 2 stride, ..
         stride: distance of the timesteps.
-        every: every crop at every timestep, as the formula reads, (crops + 1) * timesteps evaluations; otherwise timestep i sees
-            crop i mod crops alone, 2 * timesteps evaluations, with each crop and each timestep in the mean as often.
+        pairs: `every` crop at every timestep, as the formula reads, (crops + 1) * timesteps evaluations; or at each timestep a `single`
+            one, 2 * timesteps evaluations, the smallest crop at t = 0, the next larger at the next, and so on again.
         seed: of the noises.
     """
 
@@ -45,7 +45,7 @@ class PFAMI(Attack):
         smallest: float = 0.7,
         timesteps: int = 10,
         stride: int = 50,
-        every: bool = False,
+        pairs: str = "single",
         seed: int = 0,
     ) -> None:
         self.statistic = choice("statistic", statistic, ("absolute", "relative"))
@@ -54,19 +54,19 @@ class PFAMI(Attack):
         self.smallest = number("smallest", smallest, above=0, most=largest)
         self.timesteps = whole("timesteps", timesteps, least=1)
         self.stride = whole("stride", stride, least=1)
-        self.every = flag("every", every)
+        self.pairs = choice("pairs", pairs, ("single", "every"))
         self.seed = whole("seed", seed, least=0)
 
     def nfe(self, T: int) -> int:
         whole("timesteps", self.timesteps, most=(T - 1) // self.stride + 1)
-        return self.timesteps * (1 + (self.crops if self.every else 1))
+        return self.timesteps * (1 + (self.crops if self.pairs == "every" else 1))
 
     def score(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
         sides = torch.linspace(self.largest, self.smallest, self.crops, dtype=torch.float64).tolist()
         whole_image, fluctuation = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
         for i in range(self.timesteps):
             noise = gaussian(derive(self.seed, "score"), sample_id, tuple(x.shape[1:]), i)
-            chosen = sides if self.every else [sides[i % self.crops]]
+            chosen = sides if self.pairs == "every" else [sides[-1 - i % self.crops]]
             loss = self._loss(access, x, i * self.stride, noise)
             for side in chosen:
                 fluctuation += (self._loss(access, centre_crop(x, side), i * self.stride, noise) - loss) / len(chosen)
