@@ -130,7 +130,7 @@ def front(factor: Factor, measure: str = "kid") -> Figure | None:
             | {"tip": f"{name}: AUC {interval(level.auc)} by {attack}; {measure} {worth[0]:.3g}"}
         )
         rows.append([name, attack, *map(three, level.auc), *(f"{v:.4g}" for v in worth)])
-    x: Plain = {"title": MEASURES[measure], "scale": {"zero": False, "nice": True, "padding": 12}, "axis": {"grid": False}}
+    x: Plain = {"title": MEASURES[measure], "scale": {"zero": False, "nice": True, "padding": 12}, "axis": {"grid": False, "tickCount": 6}}
     far = max(point["x"] for point in points)
     if far > 0 and far > APART * float(np.median([point["x"] for point in points])):  # else the others lie on top of each other
         x["scale"] = {"type": "symlog", "constant": far / 100, "nice": False, "padding": 12}
