@@ -332,7 +332,7 @@ class Workshop:
                 facts |= {"shadow_auc": rehearsal.auc, "rehearsals": min(rehearsals, len(e.shadows))}
                 facts["thresholds"] = selection.thresholds(rehearsal, e.evaluation.fprs)
             cost = json.loads((self.measured(e.target_index, chosen) / "cost.json").read_text())
-            cost["shadow_trainings"] = len(e.shadows)
+            cost["shadow_trainings"] = len(e.shadows) + (len(rows) if chosen.attack.trains else 0)  # a surrogate of each measured model
             training = {} if e.config["checkpoint"] is not None else json.loads((self.train(e.target_index) / "training.json").read_text())
             (folder / "facts.json").write_text(json.dumps({"cost": cost, "training": training, "selection": facts}))
             log.info("%s: %g model evaluations per image, %.1f s", e.config["attack"]["name"], cost["nfe_per_image"], cost["seconds"])

@@ -102,6 +102,7 @@ def test_generated_images_are_drawn_once_and_shared(tmp_path: Path) -> None:
     assert sorted(spec["n"] for spec in stored) == [32, 64]  # those, and the run folder's preview
     surrogate = quick(tmp_path, *few, "attack=surrogate", "attack.host.stride=250")
     assert surrogate["status"] == "done"
+    assert surrogate["shadow_trainings"] == 1
     assert len(entries(tmp_path, "models")) == 2
     trained = {key: yaml.safe_load((tmp_path / "models" / key / "spec.yaml").read_text()) for key in entries(tmp_path, "models")}
     own = next(spec for key, spec in trained.items() if key != surrogate["train_key"])

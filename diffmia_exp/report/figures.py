@@ -21,7 +21,7 @@ def of(group: Group, agree: Agreement | None) -> list[Figure]:
     made += [roc(group, tm) for tm in group.threat_models]
     made.append(cost(group, "nfe_per_image", "model evaluations per image"))
     if any(row.mean("shadow_trainings") for row in group.final):
-        made.append(cost(group, "shadow_trainings", "shadow models trained"))
+        made.append(cost(group, "shadow_trainings", "models that the adversary trains"))
     made += [along_training(group, tm) for tm in group.threat_models if _trained(group, tm)]
     made += [histograms(rows) for rows in _chunks(group.final, HISTOGRAMS)]
     return made + ([overlap(agree)] if agree else [])

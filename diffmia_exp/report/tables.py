@@ -68,7 +68,7 @@ def to_markdown(found: Collection, groups: Sequence[Group]) -> str:
         lines = [f"### {group.letter}: {_plain(group.title)}" if len(groups) > 1 else f"### {_plain(group.title)}", ""]
         lines += [f"**Unsound:** {_plain(why)}\n" for why in dict.fromkeys(why for row in group.final for why in row.unsound)]
         lines.append(
-            "| attack | threat model | runs | AUC [95% interval] | TPR at 1% FPR | evaluations per image | shadow trainings | controls |"
+            "| attack | threat model | runs | AUC [95% interval] | TPR at 1% FPR | evaluations per image | models trained | controls |"
         )
         lines.append("|---|---|---|---|---|---|---|---|")
         lines += ["| " + " | ".join(map(_plain, _cells(row))) + " |" for row in group.rows]
@@ -104,7 +104,7 @@ def to_latex(found: Collection, groups: Sequence[Group]) -> str:
     parts += [f"% {note.kind}: {note.where}: {note.why}".replace("\n", " ") for note in found.notes]
     for group in groups:
         parts += ["", f"% {group.letter}: {group.title}", r"\begin{tabular}{llrrrrrl}", r"\toprule"]
-        parts.append(r"attack & threat model & runs & AUC & TPR at 1\% FPR & evaluations & shadows & controls \\ \midrule")
+        parts.append(r"attack & threat model & runs & AUC & TPR at 1\% FPR & evaluations & models trained & controls \\ \midrule")
         before = None
         for row in group.rows:
             if before not in (None, row.threat_model):

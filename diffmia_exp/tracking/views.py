@@ -70,7 +70,7 @@ def sections() -> dict[str, list[Any]]:
         ],
         "Cost": [
             against("AUC against model evaluations per image", "cost/nfe_per_image", log=True),
-            against("AUC against shadow models trained", "cost/shadow_trainings", log=False),
+            against("AUC against models that the adversary trains", "cost/shadow_trainings", log=False),
             pictures("Attacks that none beats at their cost", "figures/cost"),
             wr.BarPlot(title="Seconds of measuring", metrics=["cost/seconds"], max_runs_to_show=100, layout=wide),
         ],
