@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pydoc
 from collections.abc import Iterator, Mapping
@@ -160,7 +161,10 @@ def takes(group: str, cfg: Plain, setting: str) -> bool:
 
 def in_its_types(group: str, cfg: Plain) -> Plain:
     """A group's settings, with whole numbers as floats where its `_target_` takes a float: 10 and 10.0 are one setting, and one key."""
-    parameters = inspect.signature(_located(f"{group}._target_", cfg["_target_"]), eval_str=True).parameters if "_target_" in cfg else {}
+    parameters: Mapping[str, inspect.Parameter] = {}
+    if "_target_" in cfg:
+        with contextlib.suppress(ValueError, NameError, TypeError, AttributeError):  # annotations that are there for type checkers alone
+            parameters = inspect.signature(_located(f"{group}._target_", cfg["_target_"]), eval_str=True).parameters
 
     def typed(name: str, value: Any) -> Any:
         if isinstance(value, dict):

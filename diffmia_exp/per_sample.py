@@ -235,7 +235,7 @@ def _norm_of_products(a: Tensor, g: Tensor) -> Tensor:
     inputs = a.numel() // (samples * positions)
     if positions == 1:
         return a.reshape(samples, -1).norm(dim=1) * g[:, 0].norm(dim=1)
-    step = max(1, SLICE[a.device.type] // (inputs * max(outputs, positions)))
+    step = max(1, SLICE["cpu" if a.is_cpu else "cuda"] // (inputs * max(outputs, positions)))
     cheap = positions * (outputs + inputs) < outputs * inputs // 2
     norms = []
     for a_n, g_n in zip(a.split(step * rows), g.split(step), strict=True):

@@ -57,9 +57,8 @@ def _work(experiment: Experiment, workshop: Workshop, text: io.StringIO) -> runs
             workshop.measure_part(*experiment.part)
             return runs.Result(facts | {"status": "measured"})
         with runs.exclusively(folder):
-            result = (
-                None if experiment.stage == "report" else runs.finished(folder, specs.run_key(experiment))
-            )  # by another process meanwhile
+            # By another process meanwhile.
+            result = None if experiment.stage == "report" else runs.finished(folder, specs.run_key(experiment))
             if result is None:
                 from diffmia_exp import results  # seconds to import, and a cached run needs none of it
 
