@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffmia_exp import specs
 from diffmia_exp import checkpoints, lit
 from diffmia_exp.config import checked
 from diffmia_exp.data import Images, digits
@@ -151,7 +152,8 @@ def experiment(tmp_path: Path, *overrides: str) -> Experiment:
 
 
 def test_its_public_images_are_part_of_the_key(tmp_path: Path) -> None:
-    assert experiment(tmp_path, "split.public=4").key(0) != experiment(tmp_path, "split.public=5").key(0)
+    few, more = (experiment(tmp_path, f"split.public={n}") for n in (4, 5))
+    assert specs.key(few, 0) != specs.key(more, 0)
     with pytest.raises(ConfigError, match=r"^split.public=0: must be at least 1, the public images that defense=early_stopping needs$"):
         experiment(tmp_path)
 
