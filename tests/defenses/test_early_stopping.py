@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffmia_exp import specs
-from diffmia_exp import checkpoints, lit
+from diffmia_exp import checkpoints, lit, specs
 from diffmia_exp.config import checked
 from diffmia_exp.data import Images, digits
 from diffmia_exp.defenses.early_stopping import EarlyStopping
