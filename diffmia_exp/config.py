@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import inspect
 import pydoc
 from collections.abc import Iterator, Mapping
@@ -161,19 +161,25 @@ def takes(group: str, cfg: Plain, setting: str) -> bool:
 
 def in_its_types(group: str, cfg: Plain) -> Plain:
     """A group's settings, with whole numbers as floats where its `_target_` takes a float: 10 and 10.0 are one setting, and one key."""
-    parameters: Mapping[str, inspect.Parameter] = {}
-    if "_target_" in cfg:
-        with contextlib.suppress(ValueError, NameError, TypeError, AttributeError):  # annotations that are there for type checkers alone
-            parameters = inspect.signature(_located(f"{group}._target_", cfg["_target_"]), eval_str=True).parameters
+    floats = _floats(_located(f"{group}._target_", cfg["_target_"])) if "_target_" in cfg else ()
 
     def typed(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return in_its_types(f"{group}.{name}", value)
-        taken = parameters[name].annotation if name in parameters else None
-        kinds = get_args(taken) or (taken,)
-        return float(value) if type(value) is int and float in kinds and int not in kinds else value
+        return float(value) if type(value) is int and name in floats else value
 
     return {name: typed(name, value) for name, value in cfg.items()}
+
+
+@functools.cache  # a grid asks for every model of every cell
+def _floats(target: Any) -> frozenset[str]:
+    """The parameters that take a float and no whole number; none where annotations are there for type checkers alone."""
+    try:
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except (ValueError, NameError, TypeError, AttributeError):
+        return frozenset()
+    kinds = {name: get_args(p.annotation) or (p.annotation,) for name, p in parameters.items()}
+    return frozenset(name for name, taken in kinds.items() if float in taken and int not in taken)
 
 
 def _targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,14 @@ def attacks() -> bool:
     """Each attack against the bare net on the very inputs that the attack gives it: how fast a forward is depends on the data."""
     diffusion = Diffusion(net().eval(), linear(1000))
     x, ids, ok = torch.from_numpy(digits().take(np.arange(BATCH))).double() / 127.5 - 1, torch.arange(BATCH), True
+    for name, nfe, score, bare in gray_box(diffusion, x, ids):
+        ratio, seconds = paired(score, bare, ROUNDS * max(1, 10 // nfe))
+        ok &= line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, f"{seconds / nfe * 1e3:.0f} ms a forward of {BATCH}")
+    return ok
+
+
+def gray_box(diffusion: Diffusion, x: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[str, int, Callable[[], None], Callable[[], None]]]:
+    """Every gray-box attack: name, evaluations an image, what measures these images, and what asks the bare net the same."""
     for name in names("attack"):
         attack: Any = attack_of(name)
         if attack.access is not GrayBox or attack.nfe_once(1000):
@@ -117,9 +125,7 @@ def attacks() -> bool:
         recording = diffusion.net.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs))
         score()
         recording.remove()
-        ratio, seconds = paired(score, lambda calls=calls: replay(diffusion, calls), ROUNDS * max(1, 10 // nfe))
-        ok &= line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, f"{seconds / nfe * 1e3:.0f} ms a forward of {BATCH}")
-    return ok
+        yield name, nfe, score, lambda calls=calls: replay(diffusion, calls)
 
 
 def attack_of(name: str, *overrides: str) -> Any:

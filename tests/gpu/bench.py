@@ -18,9 +18,8 @@ from diffmia_exp.config import build
 from diffmia_exp.diffusion import Diffusion, linear
 from diffmia_exp.evaluation import in_float32
 from diffmia_exp.recipe import Recipe, TrainerOptions
-from diffmia_exp.threat_models import GrayBox
-from tests.bench import attack_of, line, replay
-from tests.composing import composed, names
+from tests.bench import attack_of, gray_box, line
+from tests.composing import composed
 from tests.scaling import BATCH, count
 
 STEPS, WARM = 60, 20
@@ -106,23 +105,8 @@ def scoring() -> None:
     diffusion, n, flops = Diffusion(net().eval(), linear(1000)).to("cuda"), 64, count().forward
     x, ids = torch.from_numpy(PIXELS[:n]).cuda().double() / 127.5 - 1, torch.arange(n).cuda()
     with in_float32():
-        for name in names("attack"):
-            attack: Any = attack_of(name)
-            if attack.access is not GrayBox or attack.nfe_once(1000):
-                continue
-            if (nfe := attack.nfe(1000)) > 20:
-                attack.stride = 50
-                nfe = attack.nfe(1000)
-            calls: list[tuple[Any, ...]] = []
-
-            def score(attack: Any = attack) -> None:
-                with torch.inference_mode():
-                    attack.signal(attack.access(diffusion), x, ids)
-
-            recording = diffusion.net.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs))
-            score()
-            recording.remove()
-            taken = [(timed(score), timed(lambda calls=calls: replay(diffusion, calls))) for _ in range(2)]
+        for name, nfe, score, bare_forwards in gray_box(diffusion, x, ids):
+            taken = [(timed(score), timed(bare_forwards)) for _ in range(2)]
             ratio, seconds = statistics.median(a / b for a, b in taken), statistics.median(b for _, b in taken)
             detail = f"{seconds / nfe * 1e3:.0f} ms a forward of {n}; {flops * n * nfe / seconds / 1e12:.1f} TFLOP/s"
             line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, detail)

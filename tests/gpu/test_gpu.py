@@ -21,7 +21,7 @@ from diffmia_exp import lit, noise
 from diffmia_exp.data import Images
 from diffmia_exp.defenses.dp_sgd import DPSGD
 from diffmia_exp.diffusion import Diffusion, linear
-from diffmia_exp.evaluation import Evaluation, measure
+from diffmia_exp.evaluation import Evaluation, in_float32, measure
 from diffmia_exp.recipe import Recipe, TrainerOptions
 from tests.attacks.conftest import random_net
 from tests.attacks.test_contract import MEASURING, AtHome, built, pixels, untrained
@@ -50,10 +50,9 @@ def test_a_signal_is_that_of_the_cpu(name: str, dtype: torch.dtype, tolerance: f
             net = copy.deepcopy(diffusion.net).to(dtype)
             return Diffusion(net, linear(1000), image_shape=(1, 8, 8)).to(device)
 
-        attack, home = built(name), AtHome(lambda _: on(untrained(5)))
-        access = attack.access(on(untrained(0)))
-        home_lab: Any = home
-        return measure(attack, access, home_lab, images, Evaluation(), torch.device(device), name)[0]
+        attack, access = built(name), built(name).access(on(untrained(0)))
+        home: Any = AtHome(lambda _: on(untrained(5)))
+        return measure(attack, access, home, images, Evaluation(), torch.device(device), name)[0]
 
     here, there = signal_on("cpu"), signal_on("cuda")
     assert there.dtype == np.float64
@@ -79,7 +78,7 @@ def test_training_is_that_of_the_cpu(tmp_path: Path) -> None:
     """The same draws and arithmetic: after 10 steps the weights are the CPU's, as far as TF32 convolutions allow."""
     short = Recipe(steps=10, batch_size=16, lr=2e-3, warmup_steps=5, flip=True)
     cpu = trained(tmp_path / "cpu", short, accelerator="cpu")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with in_float32():
         assert far(cpu, trained(tmp_path / "float32", short)) < 1e-2
     assert far(cpu, trained(tmp_path / "tf32", short)) < 0.2
     assert far(cpu, trained(tmp_path / "other", short, precision="bf16-mixed")) < 0.5
@@ -107,7 +106,7 @@ def test_private_gradients_are_those_of_the_cpu() -> None:
         index = torch.tensor([0, 2, 3, 5]).to(device)
         x0 = torch.from_numpy(images).to(device)[index].float() / 127.5 - 1
         eps = noise.gaussian(0, index, (1, 8, 8)).float()
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with in_float32():
             module.to(device)
             module._accumulate(x0, torch.full((4,), 200, device=device), eps, index)
         return [p.grad.cpu() for p in module.diffusion.net.parameters()]
@@ -125,12 +124,7 @@ def done(out: Path, *more: str) -> dict[str, Any]:
     ran = subprocess.run(command(out, *more), cwd=CONF.parent, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     (result,) = [json.loads(f.read_text()) for f in (out / "runs").glob("*/metrics.json")]
-    return result | {"stdout": ran.stdout, "model": weights(out)}
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    (entry,) = (out / "models").glob("*/raw.safetensors")
-    return load_file(entry)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +158,6 @@ def test_a_killed_training_goes_on(undisturbed: tuple[Path, dict[str, Any]], tmp
     result = done(tmp_path, "trainer=gpu")
     (facts,) = (json.loads(f.read_text()) for f in tmp_path.glob("models/*/training.json"))
     assert facts["resumed"]
-    same = all(torch.equal(v, result["model"][k]) for k, v in undisturbed[1]["model"].items())
-    print(f"killed and resumed: bits {'the same' if same else 'differ'}")
     assert result["auc"] == pytest.approx(undisturbed[1]["auc"], abs=0.05)
 
 
