@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from diffmia_exp.threat_models import BLOCK
 
 Loss = Callable[..., Tensor]
-SLICE = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Entries of per-sample weight gradients that exist at a time, by device: on a CPU they are squared and summed while still in its
-cache, on a GPU they are as many as keep it busy."""
+PIXELS = 1 << 14
+"""Pixels of a chunk, 256 images of 8 x 8 pixels: of smaller images more are taken at a time, as calls cost more than arithmetic there."""
+SLICE = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Entries of patches and per-sample weight gradients that exist at a time, by device: on a CPU they are squared and summed while
+still in its cache, on a GPU they are as many as keep it busy."""
 FALLBACK_CHUNK = 8
 """Samples whose weight gradients exist at a time where layers cannot be taken apart."""
 
@@ -78,16 +81,17 @@ def gradients(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], together: 
         together: rows per sample.
         of_input: whether the gradient with respect to `inputs[0]` is wanted too.
 
-    The net is run on chunks of one fixed size, short ones padded with copies of their first row, so that results do not depend on
-    the batch (see `threat_models.BLOCK`) and memory does not grow with it.
+    The net is run on chunks of at most `PIXELS`, so that memory does not grow with the batch, each padded with copies of its first
+    row to a multiple of `threat_models.BLOCK`, so that results do not depend on it.
     """
-    rows, size = len(inputs[0]), math.lcm(BLOCK, together)
+    rows, multiple = len(inputs[0]), math.lcm(BLOCK, together)
+    step = max(1, PIXELS // inputs[0][0, 0].numel() // multiple) * multiple
     losses, norms, at_input = [], [], []
     with _tracking(net):
-        for start in range(0, rows, size):
-            chunk = [v[start : start + size] for v in inputs]
+        for start in range(0, rows, step):
+            chunk = [v[start : start + step] for v in inputs]
             n = len(chunk[0])
-            chunk = [torch.cat([v, v[:1].expand(size - n, *v.shape[1:])]).detach() for v in chunk]
+            chunk = [torch.cat([v, v[:1].expand(-n % multiple, *v.shape[1:])]).detach() for v in chunk]
             try:
                 loss_n, norms_n, at_input_n = _by_layer(net, loss, chunk, together, of_input)
             except Unsupported:
@@ -196,23 +200,22 @@ def _norms(module: nn.Module, a: Tensor, g: Tensor, samples: int) -> tuple[Tenso
         return norm, torch.zeros_like(norm)
     a, g = a.to(dtype), g.to(dtype)
     if isinstance(module, nn.Conv2d):
-        g = g.permute(0, 2, 3, 1)  # channels last: then the patches of neighbouring pixels are runs of memory
-        patches = _patches(module, a, *g.shape[1:3])
-        g = g.reshape(samples, -1, g.shape[-1])
-        return _norm_of_products(patches, g), g.sum(1).norm(dim=1)
+        patches = _patches(module, a, *g.shape[2:])
+        g = g.flatten(2).unflatten(0, (samples, -1)).transpose(1, 2).flatten(2)
+        return _norm_of_products(patches, g), vector_norm(g.sum(2), dim=1)
     if isinstance(module, nn.GroupNorm):
         a = F.group_norm(a, module.num_groups, eps=module.eps)
         return _norm((a * g).flatten(2).sum(2), samples), _norm(g.flatten(2).sum(2), samples)
     if isinstance(module, nn.LayerNorm):
         a = F.layer_norm(a, module.normalized_shape, eps=module.eps)
         shape = (samples, -1, math.prod(module.normalized_shape))
-        return (a * g).reshape(shape).sum(1).norm(dim=1), g.reshape(shape).sum(1).norm(dim=1)
+        return _norm((a * g).reshape(shape).sum(1), samples), _norm(g.reshape(shape).sum(1), samples)
     a, g = a.reshape(samples, -1, a.shape[-1]), g.reshape(samples, -1, g.shape[-1])
-    return _norm_of_products(a, g), g.sum(1).norm(dim=1)
+    return _norm_of_products(a, g.transpose(1, 2)), vector_norm(g.sum(1), dim=1)
 
 
 def _norm(per_row: Tensor, samples: int) -> Tensor:
-    return per_row.reshape(samples, -1, per_row.shape[-1]).sum(1).norm(dim=1)
+    return vector_norm(per_row.reshape(samples, -1, per_row.shape[-1]).sum(1), dim=1)
 
 
 def _patches(conv: nn.Conv2d, a: Tensor, height: int, width: int) -> Tensor:
@@ -220,31 +223,33 @@ def _patches(conv: nn.Conv2d, a: Tensor, height: int, width: int) -> Tensor:
     (dy, dx), (sy, sx), (kh, kw) = conv.dilation, conv.stride, conv.kernel_size
     assert not isinstance(conv.padding, str)  # see `_known`
     top, left = conv.padding
-    padded = F.pad(a.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+    rows, channels, h, w = a.shape
+    padded = a.new_zeros(rows, h + 2 * top, w + 2 * left, channels)  # channels last: neighbouring pixels' patches are runs of memory
+    padded[:, top : top + h, left : left + w] = a.permute(0, 2, 3, 1)
     n, y, x, c = padded.stride()
-    return padded.as_strided((len(a), height, width, kh, kw, a.shape[1]), (n, y * sy, x * sx, y * dy, x * dx, c))
+    return padded.as_strided((rows, height, width, kh, kw, channels), (n, y * sy, x * sx, y * dy, x * dx, c))
 
 
 def _norm_of_products(a: Tensor, g: Tensor) -> Tensor:
-    """||sum_p g_p a_p^T||_F [N] of g [N, P, O] and of a, which is [N, P, I] once reshaped.
+    """||sum_p g_p a_p^T||_F [N] of g [N, O, P] and of a, which is [N, P, I] once reshaped.
 
     Where positions are few, by sum_pq (g_p . g_q) (a_p . a_q), which forms no weight gradient.
     """
-    samples, positions, outputs = g.shape
+    samples, outputs, positions = g.shape
     rows = len(a) // samples
     inputs = a.numel() // (samples * positions)
     if positions == 1:
-        return a.reshape(samples, -1).norm(dim=1) * g[:, 0].norm(dim=1)
-    step = max(1, SLICE["cpu" if a.is_cpu else "cuda"] // (inputs * max(outputs, positions)))
+        return vector_norm(a.reshape(samples, -1), dim=1) * vector_norm(g[:, :, 0], dim=1)
     cheap = positions * (outputs + inputs) < outputs * inputs // 2
+    step = max(1, SLICE["cpu" if a.is_cpu else "cuda"] // (positions * inputs + (positions**2 if cheap else outputs * inputs)))
     norms = []
     for a_n, g_n in zip(a.split(step * rows), g.split(step), strict=True):
         a_n = a_n.reshape(len(g_n), positions, inputs)
         if cheap:
-            products = torch.bmm(g_n, g_n.transpose(1, 2)) * torch.bmm(a_n, a_n.transpose(1, 2))
+            products = torch.bmm(g_n.transpose(1, 2), g_n) * torch.bmm(a_n, a_n.transpose(1, 2))
             norms.append(products.flatten(1).sum(1).clamp(min=0).sqrt())
         else:
-            norms.append(torch.bmm(g_n.transpose(1, 2), a_n).flatten(1).norm(dim=1))
+            norms.append(vector_norm(torch.bmm(g_n, a_n).flatten(1), dim=1))
     return torch.cat(norms)
 
 

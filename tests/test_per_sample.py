@@ -159,6 +159,26 @@ def test_gradient_of_the_input(name: str) -> None:
     assert not any(v.requires_grad for v in (found.loss, found.norms, found.of_input))
 
 
+@pytest.mark.parametrize("together", [1, 3])
+def test_the_net_sees_no_more_rows_than_memory_is_granted_for(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of several chunks gives what its samples give alone, whole samples to a chunk, and all of small images to one call."""
+    diffusion, inputs = case("unet", torch.float64, 150, together)
+    rows: list[int] = []
+    diffusion.net.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    one_by_one = [
+        gradients(diffusion.net, diffusion.loss, tuple(v[n : n + together] for v in inputs), together) for n in (0, 149 * together)
+    ]
+    padded = {1: 64, 3: 192}[together]
+    assert rows == [padded] * 2
+    for images, expected in ((256, {1: [192], 3: [192, 192, 192]}), (128, {1: [128, 64], 3: [192, 192, 192]})):
+        rows.clear()
+        monkeypatch.setattr(per_sample, "PIXELS", images * 64)
+        found = gradients(diffusion.net, diffusion.loss, tuple(inputs), together)
+        assert rows == expected[together]
+        torch.testing.assert_close(found.norms[[0, -1]], torch.cat([one.norms for one in one_by_one]), rtol=1e-9, atol=0)
+        assert found.loss.shape == (150 * together,)
+
+
 @pytest.mark.parametrize("name", ["unet", "parametrised"])
 def test_the_net_is_left_as_it_was(name: str) -> None:
     diffusion, inputs = case(name, torch.float32, 2, 1)
