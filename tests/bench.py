@@ -1,4 +1,4 @@
-"""make bench: ratios of speed and memory, both sides of each measured in this one run (about 12 minutes on two cores)."""
+"""make bench: ratios of speed and memory, both sides of each measured in this one run (about 15 minutes on two cores)."""
 
 from __future__ import annotations
 
@@ -101,14 +101,15 @@ def attacks() -> bool:
     """Each attack against the bare net on the very inputs that the attack gives it: how fast a forward is depends on the data."""
     diffusion = Diffusion(net().eval(), linear(1000))
     x, ids, ok = torch.from_numpy(digits().take(np.arange(BATCH))).double() / 127.5 - 1, torch.arange(BATCH), True
-    for name, nfe, score, bare in gray_box(diffusion, x, ids):
-        ratio, seconds = paired(score, bare, ROUNDS * max(1, 10 // nfe), 1.05)
+    for name, nfe, score in gray_box(diffusion, x, ids):
+        score()
+        ratio, seconds = against_twins(score, type(diffusion.net), max(10, 90 // nfe))
         ok &= line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, f"{seconds / nfe * 1e3:.0f} ms a forward of {BATCH}")
     return ok
 
 
-def gray_box(diffusion: Diffusion, x: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[str, int, Callable[[], None], Callable[[], None]]]:
-    """Every gray-box attack: name, evaluations an image, what measures these images, and what asks the bare net the same."""
+def gray_box(diffusion: Diffusion, x: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[str, int, Callable[[], None]]]:
+    """Every gray-box attack: name, evaluations an image, and what measures these images."""
     for name in names("attack"):
         attack: Any = attack_of(name)
         if attack.access is not GrayBox or attack.nfe_once(1000):
@@ -116,16 +117,38 @@ def gray_box(diffusion: Diffusion, x: torch.Tensor, ids: torch.Tensor) -> Iterat
         if (nfe := attack.nfe(1000)) > 20:  # a coarser trajectory costs as much per evaluation
             attack.stride = 50
             nfe = attack.nfe(1000)
-        calls: list[tuple[Any, ...]] = []
 
         def score(attack: Any = attack) -> None:
             with torch.inference_mode():
                 attack.signal(attack.access(diffusion), x, ids)
 
-        recording = diffusion.net.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs))
-        score()
-        recording.remove()
-        yield name, nfe, score, lambda calls=calls: replay(diffusion, calls)
+        yield name, nfe, score
+
+
+def against_twins(f: Callable[[], Any], net: type[torch.nn.Module], rounds: int) -> tuple[float, float]:
+    """Time of f / time of the net's forwards alone, and the latter in seconds, the ratio from medians over rounds.
+
+    Each forward has a twin, the same call right before or right after it, in turn, which is no part of f: side by side they meet the
+    same host, whose speed changes within seconds by more than the bound allows. f takes its own forwards and what it does beside them.
+    """
+    forward, own, twins, beside = net.forward, [], [], []
+
+    def twice(self: torch.nn.Module, *inputs: Any) -> Any:
+        for seconds in (own, twins) if (len(own) + len(beside)) % 2 else (twins, own):
+            started = time.perf_counter()
+            output = forward(self, *inputs)
+            seconds.append(time.perf_counter() - started)
+        return output
+
+    net.forward = twice
+    try:
+        for _ in range(rounds):
+            begun = len(own)
+            beside.append(timed(f) - sum(own[begun:]) - sum(twins[begun:]))
+    finally:
+        net.forward = forward
+    bare = statistics.mean(twins) * len(twins) / rounds
+    return statistics.median(a / b for a, b in zip(own, twins, strict=True)) + statistics.median(beside) / bare, bare
 
 
 def attack_of(name: str, *overrides: str) -> Any:
@@ -157,7 +180,7 @@ def gsa() -> bool:
             return attack.signal(attack.access(diffusion), x, ids)
 
         torch.testing.assert_close(batched(), loop(rows), rtol=1e-4, atol=1e-9)
-        ratio, seconds = paired(batched, lambda rows=rows: loop(rows), 5, 1 / wanted)
+        ratio, seconds = paired(batched, lambda rows=rows: loop(rows), 5)
         detail = f"{1 / ratio:.1f} x as fast (>= {wanted}); loop {seconds / images * 1e3:.0f} ms an image"
         ok &= line(f"{name}: batched / one image at a time", ratio, 1 / wanted, detail)
     return ok
@@ -174,25 +197,17 @@ def signals() -> bool:
         experiment.load()
         workshop = Workshop(experiment)
         workshop.train_all()
-        shadow, candidate = experiment.shadows[0], experiment.candidates[0]
-        diffusion, calls = workshop.model(shadow)[0], []
-        recording = diffusion.net.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-        workshop.measured(shadow, candidate)
-        recording.remove()
-        ratios = []
-        for index in experiment.shadows[1:]:
-            bare = timed(lambda: replay(diffusion, calls))
-            ratios.append(timed(lambda index=index: workshop.measured(index, candidate)) / bare)
+        candidate, shadows = experiment.candidates[0], iter(experiment.shadows)
+
+        def measure() -> None:
+            workshop.measured(next(shadows), candidate)
+
+        measure(), measure()
+        unet = type(workshop.model(experiment.target_index)[0].net)
+        rounds = len(experiment.shadows) - 2
+        ratio, _ = against_twins(measure, unet, rounds)
     what = f"signals of a shadow / bare forwards ({int(experiment.measured.sum())} images)"
-    return line(
-        what, statistics.median(ratios), 1.05, f"median of {len(ratios)} shadows, {candidate.attack.nfe(1000)} evaluations an image"
-    )
-
-
-def replay(diffusion: Diffusion, calls: list[tuple[Any, ...]]) -> None:
-    with torch.inference_mode():
-        for inputs in calls:
-            diffusion.net(*inputs)
+    return line(what, ratio, 1.05, f"median of {rounds} shadows, {candidate.attack.nfe(1000)} evaluations an image")
 
 
 def variations() -> bool:
@@ -206,30 +221,19 @@ def variations() -> bool:
             access.vary(x, ids, attack.strength, attack.steps, attack.seed, draw)
 
     with torch.inference_mode():
-        ratio, seconds = paired(lambda: attack.score(access, x, ids), one_by_one, ROUNDS, 1.05)
+        ratio, seconds = paired(lambda: attack.score(access, x, ids), one_by_one, ROUNDS)
     return line("rediffuse: all variations at once / in turn", ratio, 1.05, f"{seconds:.2f} s in turn")
 
 
-def paired(f: Callable[[], Any], g: Callable[[], Any], rounds: int, bound: float) -> tuple[float, float]:
-    """Median over rounds of time of f / time of g, the two in alternating order; and the median time of g, in seconds.
-
-    Rounds are added, up to three times as many, while the bound lies in the 95% interval of the median (ranks n/2 -+ .98 sqrt(n)):
-    what else runs on the host changes a single ratio by more than the bound allows.
-    """
-    ratios: list[float] = []
-    seconds: list[float] = []
-    while len(ratios) < rounds or (len(ratios) < 3 * rounds and undecided(ratios, bound)):
-        order = (f, g) if len(ratios) % 2 else (g, f)
+def paired(f: Callable[[], Any], g: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Median over rounds of time of f / time of g, the two in alternating order; and the median time of g, in seconds."""
+    ratios, seconds = [], []
+    for n in range(rounds):
+        order = (f, g) if n % 2 else (g, f)
         taken = {h: timed(h) for h in order}
         ratios.append(taken[f] / taken[g])
         seconds.append(taken[g])
     return statistics.median(ratios), statistics.median(seconds)
-
-
-def undecided(ratios: list[float], bound: float) -> bool:
-    n, half = len(ratios), 0.98 * len(ratios) ** 0.5
-    likely = sorted(ratios)[max(0, round(n / 2 - half) - 1) : round(n / 2 + half) + 1]
-    return likely[0] <= bound <= likely[-1]
 
 
 def run(*overrides: str) -> tuple[float, float]:
