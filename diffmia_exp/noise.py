@@ -58,7 +58,8 @@ def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor])
     for _ in range(10):
         # The signed 64-bit product wraps, but its bits are those of the unsigned one.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c2 = ((p >> 32).bitwise_and_(_MASK).bitwise_xor_(c).bitwise_xor_(k) for p, c, k in ((p1, c1, k0), (p0, c3, k1)))
+        c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -86,9 +87,9 @@ def gaussian(seed: int, sample_id: Tensor, shape: tuple[int, ...], draw: int | T
     block = torch.arange((n + 3) // 4, device=ids.device)[None, :].expand(len(ids), -1)
     draws = whole_numbers(draw, ids.device)[:, None].expand_as(block)
     counter = ((ids & _MASK).expand_as(block), (ids >> 32 & _MASK).expand_as(block), draws, block)
-    u = [(word.to(torch.float64) + 0.5) / 2**32 for word in philox((seed & _MASK, seed >> 32 & _MASK), counter)]
+    u = [word.to(torch.float64).add_(0.5).div_(2**32) for word in philox((seed & _MASK, seed >> 32 & _MASK), counter)]
     normals = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):  # Box-Muller
-        r = torch.sqrt(-2.0 * torch.log(radius))
-        normals += [r * torch.cos(2.0 * math.pi * angle), r * torch.sin(2.0 * math.pi * angle)]
+        r, angle = radius.log_().mul_(-2.0).sqrt_(), angle.mul_(2.0 * math.pi)
+        normals += [angle.cos().mul_(r), angle.sin().mul_(r)]
     return torch.stack(normals, dim=-1).flatten(1)[:, :n].reshape(len(ids), *shape)

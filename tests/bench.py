@@ -1,4 +1,4 @@
-"""make bench: ratios of speed and memory, both sides of each measured in this one run (about 15 minutes on two cores)."""
+"""make bench: ratios of speed and memory, both sides of each measured in this one run (about 18 minutes on two cores)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def attacks() -> bool:
     x, ids, ok = torch.from_numpy(digits().take(np.arange(BATCH))).double() / 127.5 - 1, torch.arange(BATCH), True
     for name, nfe, score in gray_box(diffusion, x, ids):
         score()
-        ratio, seconds = against_twins(score, type(diffusion.net), max(10, 90 // nfe))
+        ratio, seconds = against_twins(score, type(diffusion.net), max(10, 180 // nfe))
         ok &= line(f"{name}: wall / bare forwards ({nfe})", ratio, 1.05, f"{seconds / nfe * 1e3:.0f} ms a forward of {BATCH}")
     return ok
 

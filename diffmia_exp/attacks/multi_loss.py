@@ -44,12 +44,14 @@ class MultiLoss(ResidualAttack):
         return len(self.t) * self.n_noises
 
     def residuals(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
-        maps = []
-        for i, t in enumerate(self.t):
-            for draw in range(self.n_noises):
-                eps = gaussian(derive(self.seed, "score"), sample_id, tuple(x.shape[1:]), i * self.n_noises + draw)
-                maps.append(eps - access.eps(access.schedule.q_sample(x, t, eps), t))
-        return torch.stack(maps, 1)
+        draws = len(self.t) * self.n_noises
+        which = torch.arange(draws, device=x.device).repeat(len(x))
+        eps = gaussian(derive(self.seed, "score"), sample_id.repeat_interleave(draws), tuple(x.shape[1:]), which)
+        maps = eps.unflatten(0, (len(x), draws))
+        for k in range(draws):
+            t = self.t[k // self.n_noises]
+            maps[:, k] -= access.eps(access.schedule.q_sample(x, t, maps[:, k]), t)
+        return maps
 
     def signal(self, access: GrayBox, x: Tensor, sample_id: Tensor) -> Tensor:
         maps = self.residuals(access, x, sample_id).unflatten(1, (len(self.t), self.n_noises))
