@@ -81,8 +81,9 @@ def gradients(net: nn.Module, loss: Loss, inputs: tuple[Tensor, ...], together: 
         together: rows per sample.
         of_input: whether the gradient with respect to `inputs[0]` is wanted too.
 
-    The net is run on chunks of at most `PIXELS`, so that memory does not grow with the batch, each padded with copies of its first
-    row to a multiple of `threat_models.BLOCK`, so that results do not depend on it.
+    The net is run on chunks of at most `PIXELS` (but never less than BLOCK rows and one sample), so that memory does not grow with
+    the batch, each padded with copies of its first row to a multiple of BLOCK (see `threat_models`), so that results do not depend
+    on it.
     """
     rows, multiple = len(inputs[0]), math.lcm(BLOCK, together)
     step = max(1, PIXELS // inputs[0][0, 0].numel() // multiple) * multiple

@@ -47,7 +47,7 @@ class MultiLoss(ResidualAttack):
         draws = len(self.t) * self.n_noises
         which = torch.arange(draws, device=x.device).repeat(len(x))
         eps = gaussian(derive(self.seed, "score"), sample_id.repeat_interleave(draws), tuple(x.shape[1:]), which)
-        maps = eps.unflatten(0, (len(x), draws))
+        maps = eps.unflatten(0, (len(x), draws))  # each noise gives way to its residual
         for k in range(draws):
             t = self.t[k // self.n_noises]
             maps[:, k] -= access.eps(access.schedule.q_sample(x, t, maps[:, k]), t)
