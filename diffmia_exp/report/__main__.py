@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m diffmia_exp.report", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("runs", nargs="+", type=Path, help="folders with runs: outputs, outputs/runs, a sweep, or run folders")
-    parser.add_argument("--format", choices=SUFFIXES, default="html")
+    parser.add_argument("--format", choices=SUFFIXES, help="if not given, what --out ends in says, else html")
     parser.add_argument("--out", type=Path, help="file to write; report.html (.md, .csv, .tex) in the first folder if not given")
     parser.add_argument("--figures", type=Path, help="a folder that gets every figure as PNG")
     parser.add_argument(
@@ -25,11 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--project", help="of W&B; that of the runs if not given")
     parser.add_argument("--entity", help="of W&B; that of the runs if not given")
     given = parser.parse_args(arguments)
-    out = given.out or given.runs[0] / f"report.{SUFFIXES[given.format]}"
+    ending = "" if given.out is None else given.out.suffix.removeprefix(".")
+    form = given.format or next((form for form, suffix in SUFFIXES.items() if suffix == ending), "html")
+    out = given.out or given.runs[0] / f"report.{SUFFIXES[form]}"
     try:
         if (given.project is not None or given.entity is not None) and not given.wandb:
             raise UserError("--project, --entity: say where in W&B the report is logged; add --wandb")
-        print(report(given.runs, given.format, out, given.figures, (given.project, given.entity) if given.wandb else None))
+        print(report(given.runs, form, out, given.figures, (given.project, given.entity) if given.wandb else None))
     except UserError as e:
         sys.exit(f"error: {e}")
     except ModuleNotFoundError as e:

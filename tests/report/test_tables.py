@@ -35,6 +35,13 @@ def test_csv_holds_every_digit_of_one_line_per_attack(tmp_path: Path) -> None:
     assert lines[0]["tpr_at_0.001_fpr"] == ""
 
 
+@pytest.mark.parametrize(("name", "form"), [("a.md", "markdown"), ("a.csv", "csv"), ("a.tex", "latex"), ("a.html", "html"), ("a", "html")])
+def test_a_file_s_ending_says_its_format(name: str, form: str, tmp_path: Path) -> None:
+    building.write(tmp_path / "runs", building.config())
+    main([str(tmp_path / "runs"), "--out", str(tmp_path / name)])
+    assert (tmp_path / name).read_text() == written(tmp_path / "runs", form)
+
+
 def test_markdown_lists_what_is_unsound_and_what_is_missing(tmp_path: Path) -> None:
     building.write(tmp_path / "runs", building.config(attack__name="a|b<i>"), **building.controls(False))
     (tmp_path / "runs" / ".x.0123abcd.tmp").mkdir()
