@@ -203,16 +203,21 @@ def _norms(module: nn.Module, a: Tensor, g: Tensor, samples: int) -> tuple[Tenso
     if isinstance(module, nn.Conv2d):
         patches = _patches(module, a, *g.shape[2:])
         g = g.flatten(2).unflatten(0, (samples, -1)).transpose(1, 2).flatten(2)
-        return _norm_of_products(patches, g), vector_norm(g.sum(2), dim=1)
+        return _norm_of_products(patches, g), vector_norm(_over_positions(g), dim=1)
     if isinstance(module, nn.GroupNorm):
         a = F.group_norm(a, module.num_groups, eps=module.eps)
-        return _norm((a * g).flatten(2).sum(2), samples), _norm(g.flatten(2).sum(2), samples)
+        return _norm(_over_positions((a * g).flatten(2)), samples), _norm(_over_positions(g.flatten(2)), samples)
     if isinstance(module, nn.LayerNorm):
         a = F.layer_norm(a, module.normalized_shape, eps=module.eps)
         shape = (samples, -1, math.prod(module.normalized_shape))
         return _norm((a * g).reshape(shape).sum(1), samples), _norm(g.reshape(shape).sum(1), samples)
     a, g = a.reshape(samples, -1, a.shape[-1]), g.reshape(samples, -1, g.shape[-1])
     return _norm_of_products(a, g.transpose(1, 2)), vector_norm(g.sum(1), dim=1)
+
+
+def _over_positions(v: Tensor) -> Tensor:
+    """The sum over the last axis, as a product with ones: of few positions that takes half the time of `sum`."""
+    return v @ v.new_ones(v.shape[-1])
 
 
 def _norm(per_row: Tensor, samples: int) -> Tensor:
