@@ -131,7 +131,7 @@ def against_twins(f: Callable[[], Any], net: type[torch.nn.Module], rounds: int)
     Each forward has a twin, the same call right before or right after it, in turn, which is no part of f: side by side they meet the
     same host, whose speed changes within seconds by more than the bound allows. f takes its own forwards and what it does beside them.
     """
-    forward, own, twins, beside = net.forward, [], [], []
+    forward, own, twins, beside, bare = net.forward, [], [], [], []
 
     def twice(self: torch.nn.Module, *inputs: Any) -> Any:
         for seconds in (own, twins) if (len(own) + len(beside)) % 2 else (twins, own):
@@ -145,10 +145,11 @@ def against_twins(f: Callable[[], Any], net: type[torch.nn.Module], rounds: int)
         for _ in range(rounds):
             begun = len(own)
             beside.append(timed(f) - sum(own[begun:]) - sum(twins[begun:]))
+            bare.append(sum(twins[begun:]))
     finally:
         net.forward = forward
-    bare = statistics.mean(twins) * len(twins) / rounds
-    return statistics.median(a / b for a, b in zip(own, twins, strict=True)) + statistics.median(beside) / bare, bare
+    forwards = statistics.median(bare)
+    return statistics.median(a / b for a, b in zip(own, twins, strict=True)) + statistics.median(beside) / forwards, forwards
 
 
 def attack_of(name: str, *overrides: str) -> Any:
